@@ -1,0 +1,271 @@
+"""f(x | W) and f(x | W'): a small decoder-only language model, and the masked twin that VPD makes of any model.
+
+  A. GPT            the target f(x | W): RMSNorm, RoPE, attention, GELU MLP. It knows nothing of the method.
+  B. Decomposition  every chosen weight matrix as W = U V^T + Delta, ablated by masks (paper, "Method"; its equation for W').
+
+The target needs no surgery. While `Decomposition.forward` runs, each `F.linear` whose weight is a chosen W^l is answered
+with W'^l(m) x instead; when it returns nothing is left behind, so masks are an argument and never a mode of a layer.
+
+Left out: embeddings and biases are not decomposed; no key-value cache (generation recomputes its context); a target that
+recomputes its own activations in the backward pass (recompute the whole masked forward instead).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A. The target f(x | W)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 1024
+    context: int = 64  # longest sequence, in tokens
+    n_layer: int = 2
+    n_head: int = 4
+    d_model: int = 64
+    d_mlp: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if self.d_model % (2 * self.n_head):
+            raise ValueError(f"d_model={self.d_model}: RoPE needs a multiple of 2 * n_head={2 * self.n_head}")
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / RMS(x) over the last dimension, without a learned scale."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def rope(x: Tensor, base: float = 10_000.0) -> Tensor:
+    """Rotary position embedding of x [B, H, T, d_head]: pair (i, i + d/2) turns by t * base^(-2i/d) at position t."""
+    T, d = x.shape[-2:]
+    freqs = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
+    angle = torch.arange(T, device=x.device, dtype=torch.float32)[:, None] * freqs  # [T, d/2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RoPE, four matrices q, k, v, o without biases. Causal for f, bidirectional for Gamma."""
+
+    def __init__(self, d_model: int, n_head: int, causal: bool) -> None:
+        super().__init__()
+        self.n_head, self.causal = n_head, causal
+        self.q, self.k, self.v, self.o = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (w(x).view(*x.shape[:-1], self.n_head, -1).transpose(1, 2) for w in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=self.causal)  # [B, H, T, d_head]
+        return self.o(y.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """down(GELU(up(x)))."""
+
+    def __init__(self, d_model: int, d_mlp: int, bias: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_mlp, bias=bias)
+        self.down = nn.Linear(d_mlp, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, d_model: int, n_head: int, d_mlp: int, causal: bool, bias: bool) -> None:
+        super().__init__()
+        self.attn = Attention(d_model, n_head, causal)
+        self.mlp = MLP(d_model, d_mlp, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(rms_norm(x))
+        return x + self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """The target language model f(x | W): tokens [B, T] to next-token logits [B, T, vocab]."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(
+            Block(config.d_model, config.n_head, config.d_mlp, causal=True, bias=False) for _ in range(config.n_layer)
+        )
+        for name, p in self.named_parameters():
+            # The matrices that write to the residual stream start smaller, so that its variance does not grow with depth.
+            into_stream = name.endswith(("o.weight", "down.weight"))
+            nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if into_stream else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[-1] > self.config.context:
+            raise ValueError(f"T={tokens.shape[-1]} tokens: the target's context is {self.config.context}")
+        x = self.embed(tokens)  # [B, T, d_model]
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(rms_norm(x), self.embed.weight)  # tied unembedding
+
+
+@torch.no_grad()
+def generate(f: Callable[[Tensor], Tensor], tokens: Tensor, n: int, context: int, generator: torch.Generator) -> Tensor:
+    """`tokens` [1, T] followed by n tokens drawn from softmax(f(.)) one after the other, each given the last `context`."""
+    for _ in range(n):
+        p = f(tokens[:, -context:])[:, -1].float().softmax(-1)  # [1, vocab]
+        tokens = torch.cat((tokens, torch.multinomial(p, 1, generator=generator)), 1)
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B. The masked twin f(x | W'(m))
+
+
+class LinearsAnswered(TorchFunctionMode):
+    """Inside this context `answer[i](x, F.linear(x, W, b))` replaces F.linear(x, W, b) wherever W is weights[i]."""
+
+    def __init__(self, weights: list[Tensor], answer: list) -> None:
+        super().__init__()
+        self.weights, self.answer = weights, answer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            x, weight = (lambda input, weight, bias=None: (input, weight))(*args, **(kwargs or {}))
+            for W, answer in zip(self.weights, self.answer):
+                if weight is W:
+                    return answer(x, out)
+        return out
+
+
+class Decomposition(nn.Module):
+    """Rank-one subcomponents U_c V_c^T of chosen matrices of `target`, which is frozen and otherwise left alone.
+
+    target: any module that applies `nn.Linear` layers.
+    C: subcomponents per matrix, {glob pattern over module names: count}, the first pattern that matches counts;
+       an int gives every nn.Linear that many.
+    Attributes: `names` in column order, `C` {name: C_l}, `U[name]` [d_out, C_l], `V[name]` [d_in, C_l].
+    ValueError if a pattern matches no nn.Linear, a count is below 1, or two chosen layers share one weight.
+
+    Initialisation: V ~ N(0, 1/d_in), U ~ N(0, 1/C_l).
+    """
+
+    def __init__(self, target: nn.Module, C: int | Mapping[str, int], generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.target = target.requires_grad_(False).eval()
+        self.C = match_linears(target, {"*": C} if isinstance(C, int) else C)
+        self.names = list(self.C)
+        self.L = len(self.names)
+        self.layers = [target.get_submodule(name) for name in self.names]
+        owner = {}
+        for name, layer in zip(self.names, self.layers):
+            if owner.setdefault(id(layer.weight), name) != name:
+                raise ValueError(f"{name} and {owner[id(layer.weight)]} share one weight: decompose only one of them")
+
+        self.U, self.V = {}, {}
+        for name, layer in zip(self.names, self.layers):
+            d_out, d_in = layer.weight.shape
+            self.V[name] = nn.Parameter(torch.randn(d_in, self.C[name], generator=generator) / d_in**0.5)
+            self.U[name] = nn.Parameter(torch.randn(d_out, self.C[name], generator=generator) / self.C[name] ** 0.5)
+            self.register_parameter("U:" + name.replace(".", "/"), self.U[name])  # a parameter's name has no dots
+            self.register_parameter("V:" + name.replace(".", "/"), self.V[name])
+
+    def subcomponents(self) -> list[nn.Parameter]:
+        """U and V of every matrix: what descends, without the target's own weights."""
+        return [*self.U.values(), *self.V.values()]
+
+    def subcomponents_state(self) -> dict[str, Tensor]:
+        """U and V for a checkpoint: the state_dict without the target."""
+        return {name: p for name, p in self.state_dict().items() if not name.startswith("target.")}
+
+    def load_subcomponents(self, state: dict[str, Tensor]) -> None:
+        self.load_state_dict(self.target.state_dict(prefix="target.") | state)
+
+    def W(self, name: str) -> Tensor:
+        """The frozen target matrix W^l, [d_out, d_in]."""
+        return self.target.get_submodule(name).weight
+
+    def Delta(self, name: str) -> Tensor:
+        """Delta^l = W^l - U^l V^lT, [d_out, d_in]: what the subcomponents leave over. Never stored."""
+        return self.W(name) - self.U[name] @ self.V[name].T
+
+    def target_pass(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """f(x | W) and the input of every decomposed matrix, in the order of `names`: ([B, T, out], L x [B, T, d_in]).
+
+        Neither carries a gradient (paper: Gamma reads the activations of the target, which is not trained). ValueError if
+        a chosen nn.Linear is not applied exactly once.
+        """
+        inputs: list[Tensor | None] = [None] * self.L
+
+        def recorder(i):
+            def record(x, Wx):
+                if inputs[i] is not None:
+                    raise ValueError(f"{self.names[i]} is applied more than once in a forward pass, so it cannot be decomposed")
+                inputs[i] = x.detach()
+                return Wx
+
+            return record
+
+        with torch.no_grad(), LinearsAnswered([l.weight for l in self.layers], [recorder(i) for i in range(self.L)]):
+            output = self.target(x)
+        unseen = [name for name, seen in zip(self.names, inputs) if seen is None]
+        if unseen:  # it could not be masked either
+            raise ValueError(f"{', '.join(unseen)}: the target's forward pass does not apply this nn.Linear, so it cannot be decomposed")
+        return output, inputs
+
+    def forward(self, x: Tensor, m: Tensor | None = None, routing: Tensor | None = None, frozen: bool = False) -> Tensor:
+        """f(x | W'(m)), the paper's masked forward pass; with m=None exactly the target.
+
+        m: masks [B, T, C + L] (or broadcastable to it), the subcomponents in the order of `names`, then one for each
+           Delta^l. All ones give the target's own output.
+        routing: bool [B, T, L], True where matrix l is masked; False keeps its original W^l there. None masks all.
+        frozen: no gradient for U and V, for the adversary's ascent.
+
+        W' = sum_c U_c m_c V_c^T + m_Delta (W - U V^T), applied to x without forming Delta:
+            W' x = m_Delta W x + U ((m - m_Delta) * V^T x)        (a bias is added once, unmasked)
+
+        PAPER: the draft's W' is the sum alone; Delta, with a mask of its own, is in the published method, which we follow.
+        """
+        if m is None:
+            return self.target(x)
+        *ms, m_Deltas = m.split([*self.C.values(), self.L], dim=-1)
+        m_Deltas = m_Deltas.split(1, dim=-1)  # L x [B, T, 1]
+
+        def masked(i):
+            U, V, bias = self.U[self.names[i]], self.V[self.names[i]], self.layers[i].bias
+            if frozen:
+                U, V = U.detach(), V.detach()
+
+            def answer(x, Wx):
+                Wx = Wx if bias is None else Wx - bias
+                y = m_Deltas[i] * Wx + F.linear((x @ V) * (ms[i] - m_Deltas[i]), U)
+                if routing is not None:
+                    y = torch.where(routing[..., i : i + 1], y, Wx)
+                return y if bias is None else y + bias
+
+            return answer
+
+        with LinearsAnswered([l.weight for l in self.layers], [masked(i) for i in range(self.L)]):
+            return self.target(x)
+
+
+def match_linears(target: nn.Module, C: Mapping[str, int]) -> dict[str, int]:
+    """{module name: C_l} of every nn.Linear that a pattern matches, in the target's own order. ValueError: see above."""
+    linears = [name for name, module in target.named_modules() if isinstance(module, nn.Linear)]
+    for pattern, count in C.items():
+        if count < 1:
+            raise ValueError(f"C={count} for {pattern!r}: a matrix needs at least 1 subcomponent")
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise ValueError(f"pattern {pattern!r} matches no nn.Linear; there are: {', '.join(linears) or 'none'}")
+    matches = {name: [count for pattern, count in C.items() if fnmatchcase(name, pattern)] for name in linears}
+    return {name: counts[0] for name, counts in matches.items() if counts}
