@@ -1,0 +1,214 @@
+"""The losses of VPD as plain functions, in the order of the paper, and the adversary.
+
+  A. masks        mask, sample_sources, sample_routing
+  B. divergence   kl_divergence, mse
+  C. five losses  faithfulness, importance_minimality, frequency_minimality, stochastic_ and adversarial_reconstruction
+  D. Adversary    persistent sources that ascend the reconstruction loss (PPGD)
+
+Where gradients flow: U and V learn from faithfulness and both reconstructions; Gamma from both reconstructions through
+g_lower and from both minimalities through g_upper; the sources from the adversarial reconstruction alone, upwards.
+
+Shapes are written for sequences, [B, T, ...]; inputs without a sequence axis, [B, ...], work alike.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Decomposition
+
+EPS = 1e-12  # keeps (g + eps)^p differentiable at g = 0
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A. Masks
+
+
+def mask(g: Tensor, r: Tensor) -> Tensor:
+    """m = g + (1 - g) r in [g, 1]; for the Deltas, whose importance is 0, m = r.
+
+    g [B, T, C] in [0, 1]; r [..., C + L] in [0, 1], any shape that broadcasts with g up to the last axis; m [..., C + L].
+    """
+    g = F.pad(g, (0, r.shape[-1] - g.shape[-1]))
+    return torch.lerp(r, torch.ones((), device=r.device, dtype=r.dtype), g.to(r.dtype))  # r + g (1 - r), in one pass
+
+
+def sample_sources(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Sources r ~ U(0, 1), independent everywhere."""
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def sample_routing(shape: tuple[int, ...], L: int, generator: torch.Generator) -> Tensor:
+    """Uniform-k-subset routing, bool [*shape, L]: per position k ~ U{1..L}, then k of the L matrices are masked."""
+    k = torch.randint(1, L + 1, (*shape, 1), generator=generator, device=generator.device)
+    order = torch.rand(*shape, L, generator=generator, device=generator.device).argsort(-1)  # a random permutation
+    return order < k
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B. Divergence
+
+
+def kl_divergence(target_logits: Tensor, masked_logits: Tensor) -> Tensor:
+    """D = KL(target || masked) over the last axis in nats, mean over all positions; computed in fp32."""
+    log_p = target_logits.float().log_softmax(-1)
+    log_q = masked_logits.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def mse(target_output: Tensor, masked_output: Tensor) -> Tensor:
+    """D for regression: squared error, mean over all elements."""
+    return F.mse_loss(masked_output, target_output)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C. The five losses
+
+
+def faithfulness(decomposition: Decomposition) -> Tensor:
+    """L_faithfulness: mean of Delta^2 over all N decomposed weights. Gradients to U and V."""
+    Deltas = [decomposition.Delta(name) for name in decomposition.names]
+    return sum(Delta.float().pow(2).sum() for Delta in Deltas) / sum(Delta.numel() for Delta in Deltas)
+
+
+def power_sums(g: Tensor, p: float | Tensor) -> Tensor:
+    """s_c = sum_{b,t} (g + eps)^p, [C], for g = g_upper [B, T, C]: what both minimality terms are made of; in fp32."""
+    # exp(p log .) and not pow, whose backward pass would take a second power: 3 times faster, the same to rounding.
+    return (p * (g.float() + EPS).log()).exp().flatten(0, -2).sum(0)
+
+
+def importance_minimality(g: Tensor, p: float | Tensor) -> Tensor:
+    """L_importance-minimality = 1/(BT) sum_{b,t,c} (g + eps)^p, with g = g_upper [B, T, C]. Gradients to Gamma."""
+    return power_sums(g, p).sum() / g[..., 0].numel()
+
+
+def frequency_minimality(g: Tensor, p: float | Tensor) -> Tensor:
+    """L_frequency-minimality = 1/(BT) sum_c s_c log2(1 + s_c), with s_c = sum_{b,t} (g + eps)^p. Gradients to Gamma.
+
+    PAPER: the draft writes one datapoint's term, without 1/(BT). The mean over positions is the published form; the sum
+    inside the logarithm stays over the whole batch, so the loss grows with the logarithm of the batch.
+    """
+    s = power_sums(g, p)
+    return (s * torch.log2(1 + s)).sum() / g[..., 0].numel()
+
+
+def minimality(g: Tensor, p: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(importance_minimality, frequency_minimality) from one pass over g, as both need the same powers."""
+    s = power_sums(g, p)
+    return s.sum() / g[..., 0].numel(), (s * torch.log2(1 + s)).sum() / g[..., 0].numel()
+
+
+def reconstruction(
+    decomposition: Decomposition,
+    x: Tensor,
+    target_output: Tensor,
+    g: Tensor,
+    r: Tensor,
+    routing: Tensor | None = None,
+    divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
+    frozen: bool = False,
+) -> Tensor:
+    """1/S sum_s D(f(x | W), f(x | W'(x, r^(s)))): what the two reconstruction losses share.
+
+    x [B, ...]; target_output = f(x | W); g = g_lower [B, T, C]; r [S, B, T, C + L], or [S, 1, 1, C + L] for sources that the batch shares; routing bool [S, B, T, L], None masks every
+    matrix. The S samples go through the model as one batch. frozen: no gradient for U and V.
+    """
+    S = r.shape[0]
+    m = mask(g, r).flatten(0, 1)  # [S * B, T, C + L]
+    if S > 1:
+        x, target_output = (a.repeat(S, *[1] * (a.dim() - 1)) for a in (x, target_output))
+    return divergence(target_output, decomposition(x, m, None if routing is None else routing.flatten(0, 1), frozen))
+
+
+def stochastic_reconstruction(
+    decomposition: Decomposition,
+    x: Tensor,
+    target_output: Tensor,
+    g: Tensor,
+    generator: torch.Generator,
+    S: int = 1,
+    divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
+    reconstruct: Callable[..., Tensor] = reconstruction,
+) -> Tensor:
+    """L_stochastic-recon: fresh r ~ U(0, 1) at every position, masking a random subset of the matrices there.
+
+    Gradients to U, V and, through g, to Gamma. Arguments as `reconstruction`; `reconstruct` is it, or its compiled twin.
+    """
+    L = decomposition.L
+    r = sample_sources((S, *g.shape[:-1], g.shape[-1] + L), generator)
+    routing = sample_routing((S, *g.shape[:-1]), L, generator)
+    return reconstruct(decomposition, x, target_output, g, r, routing, divergence)
+
+
+def adversarial_reconstruction(
+    decomposition: Decomposition,
+    x: Tensor,
+    target_output: Tensor,
+    g: Tensor,
+    r: Tensor,
+    routing: Tensor | None = None,
+    divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
+    frozen: bool = False,
+    reconstruct: Callable[..., Tensor] = reconstruction,
+) -> Tensor:
+    """L_adversarial-recon at the adversary's sources r, which stand in for the maximum over r.
+
+    Gradients to U, V, Gamma and r: the same backward pass serves the descent and the last ascent of the step. With
+    `frozen` and a detached g, to r alone. Arguments as `reconstruction`; `reconstruct` is it, or its compiled twin.
+
+    PAPER: the text masks a random subset of the matrices here too; the authors' released configuration masks all of them.
+    Ours masks all unless `routing` says otherwise.
+    """
+    return reconstruct(decomposition, x, target_output, g, r, routing, divergence, frozen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# D. The adversary
+
+
+def adam_ascent(r: Tensor, grad_r: Tensor, mom1: Tensor, mom2: Tensor, count: Tensor, lr: Tensor, beta1: float, beta2: float) -> None:
+    """One Adam step uphill, in place, then r is clamped to [0, 1]. Shapes of r, grad_r, mom1, mom2 agree; count, lr are scalars."""
+    count += 1
+    mom1.lerp_(grad_r, 1 - beta1)
+    mom2.lerp_(grad_r.square(), 1 - beta2)
+    size = lr / (1 - beta1**count)
+    r.add_(size * mom1 / ((mom2 / (1 - beta2**count)).sqrt() + Adversary.ADAM_EPS)).clamp_(0, 1)
+
+
+class Adversary:
+    """Persistent sources r that live across steps and ascend the adversarial loss (PPGD).
+
+    scope `position`: r [S, B, T, C + L], one source per position; `batch`: r [S, 1, 1, C + L], one per subcomponent,
+    shared by the whole batch. Starts at U(0, 1). After each of the n_adv ascents of a step r is clamped to [0, 1].
+    """
+
+    ADAM_EPS = 1e-8
+
+    def __init__(
+        self, positions: tuple[int, ...], n_sources: int, generator: torch.Generator, S: int = 1,
+        scope: Literal["position", "batch"] = "position", betas: tuple[float, float] = (0.5, 0.99),
+    ) -> None:
+        axes = positions if scope == "position" else (1,) * len(positions)
+        self.r = sample_sources((S, *axes, n_sources), generator)
+        self.mom1, self.mom2 = torch.zeros_like(self.r), torch.zeros_like(self.r)
+        self.count = torch.zeros((), device=self.r.device)
+        self.betas = betas
+
+    def gradient(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """d loss(r) / d r, without a gradient for anything else."""
+        r = self.r.detach().requires_grad_()
+        return torch.autograd.grad(loss(r), r)[0]
+
+    @torch.no_grad()
+    def ascend(self, grad_r: Tensor, lr: float, update: Callable[..., None] = adam_ascent) -> None:
+        """r <- clamp(r + lr * Adam(grad_r), 0, 1). `update`: `adam_ascent` or its compiled twin."""
+        update(self.r, grad_r, self.mom1, self.mom2, self.count, torch.full((), lr, device=self.r.device), *self.betas)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"r": self.r, "mom1": self.mom1, "mom2": self.mom2, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in self.state_dict().items():
+            value.copy_(state[name])
