@@ -1,0 +1,309 @@
+"""Train the target f(x | W), the language model that decompose.py will take apart (paper, "The language model that we
+decomposed").
+
+    python train_target.py             # the default target: under a minute on 2 CPU cores, validation CE about 3.5 nats
+    python train_target.py --help
+
+Writes out/target-<dataset>/ with config.json, metrics.jsonl (validation CE against tokens, from which eval.py reads how
+much pretraining compute a decomposition recovers), checkpoint.pt and sample.txt. decompose.py calls this by itself.
+
+  A. What every script here shares: the command line, the device, the run folder, the learning rate
+  B. Settings
+  C. Training
+"""
+
+import contextlib
+import difflib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import shlex
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from model import GPT, GPTConfig, generate
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A. What every script here shares
+
+
+def run_script(main: Callable[[Any], None], Config: type, doc: str | None) -> None:
+    """Read the flags, run `main`; a user's mistake (ValueError, OSError) ends with one line on stderr and exit code 1."""
+    import tyro
+
+    # Flag conversion off: booleans are written --compile=False, never --no-compile.
+    style = (tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs)
+    said = io.StringIO()
+    try:
+        try:
+            with contextlib.redirect_stderr(said):
+                config, unknown = tyro.cli(Config, description=doc, config=style, use_underscores=True, return_unknown_args=True)
+        except SystemExit as stop:
+            if not stop.code:
+                raise  # --help
+            box = [line.strip("\u2502 ") for line in said.getvalue().splitlines()[1:]]  # its first paragraph says what is wrong
+            text = " ".join(itertools.takewhile(lambda line: not line.startswith("\u2500"), box))
+            raise ValueError(f"{text}; --help lists the flags") from stop
+        if unknown:
+            flags = ["--" + field.name for field in fields(Config)]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            raise ValueError(f"unknown flag {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else "; --help lists the flags"))
+        main(config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of GPU memory, try a smaller B, T or C ({str(error).splitlines()[0]})")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what was saved before is whole")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one. ValueError for a device that torch does not know or this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={name}: cannot be used here ({str(error).splitlines()[0]})") from error
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 autocast on a GPU that has it; elsewhere nothing."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.1) -> float:
+    """Factor on the learning rate: rises linearly over the first `warmup` share of the steps, then cosine from 1 to `floor`."""
+    n_warmup = warmup * steps
+    if step < n_warmup:
+        return (step + 1) / (n_warmup + 1)
+    progress = (step - n_warmup) / max(1.0, steps - 1 - n_warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, renamed to `path` when the block ends well: what was there before stays whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """Save tensors and plain values. OSError, with the old file whole, if it cannot be written."""
+    try:
+        with written(path) as temporary:
+            torch.save(checkpoint, temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise OSError(f"cannot save {path} ({str(error).splitlines()[0]}); an earlier {path.name} there is still whole") from error
+
+
+def load_checkpoint(path: Path, kind: Literal["target", "decomposition"]) -> dict:
+    """A checkpoint of train_target.py or decompose.py. FileNotFoundError, or ValueError for a broken or foreign file."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"run folder {str(path.parent)!r} does not exist")
+    if not path.is_file():
+        raise FileNotFoundError(f"run folder {str(path.parent)!r} holds no {path.name}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]})") from error
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if found != kind:
+        raise ValueError(f"{path} is a checkpoint of kind {found!r}, not {kind!r}")
+    return checkpoint
+
+
+def write_config(folder: Path, config: Any, device: torch.device) -> None:
+    """config.json: every setting, the command, versions, and the device by its name."""
+    about = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in ("torch", "numpy", "tiktoken")},
+    }
+    with written(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(asdict(config) | about, indent=2) + "\n")
+
+
+def log_line(folder: Path, row: dict[str, float]) -> None:
+    """Append one flat object to metrics.jsonl."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_log(folder: Path, steps: float = math.inf) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl before `steps`; a last line that a crash cut short is left out."""
+    rows = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if row["step"] < steps]
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C only makes the function it gives return True, so that a step is never cut in half; a second one raises."""
+    hit = False
+
+    def on_signal(number, frame):
+        nonlocal hit
+        if hit:
+            raise KeyboardInterrupt
+        hit = True
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield lambda: hit
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def progress_bar(start: int, steps: int, name: str) -> tqdm:
+    """A bar with the time left; in a log file a line every half minute."""
+    return tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B. Settings
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "stdlib"  # 'stdlib', or the path of a .txt, .jsonl or .parquet file or of a folder of them
+    data_dir: str = "data"  # where token files are kept
+    out: str = ""  # run folder; default out/target-<dataset>
+    seed: int = 0  # of initialisation and batches
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    # The model
+    n_layer: int = 2  # blocks
+    n_head: int = 4  # attention heads
+    d_model: int = 64  # width of the residual stream
+    d_mlp: int = 256  # neurons of an MLP
+    T: int = 64  # context, tokens
+    # The training
+    steps: int = 1500  # of the optimiser
+    B: int = 32  # sequences a step
+    lr: float = 3e-3  # at its highest; cosine to a tenth
+    warmup: float = 0.05  # share of the steps
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0  # largest norm of the gradient
+    # Validation
+    val_every: int = 50  # steps
+    val_windows: int = 64  # sequences of T tokens
+
+    def __post_init__(self) -> None:
+        for name in ("T", "steps", "B", "val_every", "val_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr}: must be above 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C. Training
+
+
+def next_token_ce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the next token in nats, mean over all positions."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def validation_ce(target: GPT, corpus: data.Corpus, windows: int, device: torch.device) -> float:
+    """Mean CE over `windows` validation windows, always the same: nats a token."""
+    total = torch.zeros((), device=device)
+    for i in range(0, windows, 32):
+        tokens = corpus.batch("val", i, min(32, windows - i), target.config.context).to(device)
+        with autocast(device):
+            total += next_token_ce(target(tokens[:, :-1]), tokens[:, 1:]) * len(tokens)
+    return total.item() / windows
+
+
+def build_target(checkpoint: dict) -> GPT:
+    """The trained target of a checkpoint of this script."""
+    target = GPT(GPTConfig(**checkpoint["gpt"]))
+    target.load_state_dict(checkpoint["model"])
+    return target
+
+
+def check_vocabulary(folder: str | Path, checkpoint: dict, corpus: data.Corpus) -> None:
+    """ValueError if the target of `checkpoint` was trained on other tokens than the corpus has."""
+    if checkpoint["vocabulary"] != corpus.vocabulary:
+        raise ValueError(f"{folder}: its target was trained with another vocabulary than {corpus.name} has here: train a target anew, or name its dataset")
+
+
+def main(config: Config) -> Path:
+    """Train and save a target; returns its run folder."""
+    began = time.time()
+    device = pick_device(config.device)
+    corpus = data.load(config.dataset, config.data_dir)
+    folder = Path(config.out or f"out/target-{corpus.name}")
+    if (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} already holds a target: give another --out, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    write_config(folder, config, device)
+
+    torch.manual_seed(config.seed)
+    target = GPT(GPTConfig(corpus.vocab_size, config.T, config.n_layer, config.n_head, config.d_model, config.d_mlp)).to(device)
+    optimizer = torch.optim.Adam(target.parameters(), lr=config.lr, betas=config.adam_betas, fused=True)
+    print(f"target: {sum(p.numel() for p in target.parameters()):,} parameters, {config.steps} steps of {config.B} x {config.T} tokens, on {device}")
+
+    bar = progress_bar(0, config.steps, "target")
+    for step in bar:
+        tokens = corpus.batch("train", step, config.B, config.T, config.seed).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * cosine(step, config.steps, config.warmup)
+        with autocast(device):
+            loss = next_token_ce(target(tokens[:, :-1]), tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(target.parameters(), config.clip)
+        optimizer.step()
+
+        if step % config.val_every == 0 or step == config.steps - 1:
+            row = {"step": step + 1, "tokens": (step + 1) * config.B * config.T, "train_ce": loss.item()}
+            row["val_ce"] = validation_ce(target, corpus, config.val_windows, device)
+            if not math.isfinite(row["train_ce"]):
+                raise ValueError(f"the training loss is {row['train_ce']} at step {step}: try a smaller lr than {config.lr}")
+            log_line(folder, row)
+            bar.set_postfix(train_ce=f"{row['train_ce']:.3f}", val_ce=f"{row['val_ce']:.3f}", refresh=False)
+
+    seconds = time.time() - began
+    curve = [[row["tokens"], row["val_ce"]] for row in read_log(folder)]  # eval.py reads pretraining compute recovered from it
+    checkpoint = {"kind": "target", "config": asdict(config), "gpt": asdict(target.config), "model": target.state_dict()}
+    save(folder / "checkpoint.pt", checkpoint | {"vocabulary": corpus.vocabulary, "curve": curve, "seconds": seconds})
+    prompt = corpus.batch("val", 0, 1, config.T)[:, : max(1, config.T // 4)].to(device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    sample = corpus.encoding.decode(generate(target, prompt, 2 * config.T, config.T, generator)[0].tolist())
+    (folder / "sample.txt").write_text(sample, encoding="utf-8")
+    print(f"target: validation CE {row['val_ce']:.4f} nats a token after {row['tokens']:,} tokens, {seconds:.0f} s; saved in {folder}")
+    print("a sample of its text:\n" + "\n".join("    | " + line for line in sample.splitlines()))
+    return folder
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
