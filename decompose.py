@@ -1,0 +1,367 @@
+"""VPD: decompose a trained language model into rank-one subcomponents (paper, "Method").
+
+    python decompose.py                            # the standard library's source text, under 10 minutes on 2 CPU cores
+    python decompose.py --beta_adv=0               # without the adversary: the paper's central claim, in one command
+    python decompose.py --resume=out/vpd-stdlib    # go on after Ctrl-C
+
+Trains the target first if there is none. Writes a run folder with config.json, metrics.jsonl (a line a logged step),
+checkpoint.pt, and, through eval.py, metrics.json, figures/ and generations.txt.
+
+  A. Settings
+  B. VPD         one step of the method: everything else in this file is set-up, logging and saving
+  C. The run
+
+Left out: more than one process, mixed datasets, early stopping.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import data
+import eval as evaluation
+import losses
+import train_target
+from ci_fn import CITransformer, lower_leaky, upper_leaky
+from model import Decomposition
+from train_target import (
+    autocast, build_target, check_vocabulary, cosine, interruptible, load_checkpoint, log_line, pick_device, progress_bar, read_log, run_script, save, write_config, written,
+)  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A. Settings
+
+
+CPU_COMPILE_PAYS = 2_000  # steps from which torch.compile, a minute at the default size, is earned back (python bench.py)
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "stdlib"  # 'stdlib', or the path of a .txt, .jsonl or .parquet file or of a folder of them
+    data_dir: str = "data"  # where token files are kept
+    target: str = ""  # run folder of train_target.py; default out/target-<dataset>, trained first if it is not there
+    out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
+    resume: str = ""  # run folder of an interrupted run to go on with; every other flag is then read from it
+    seed: int = 0  # of initialisation, batches, masks and sources
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU, or for a long run on a CPU, where a compiler works
+    # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts
+    C: str = "*.q=42,*.k=42,*.v=85,*.o=85,*.up=256,*.down=298"
+    # Coefficients of the five losses, in the order of the paper's sum
+    beta_adv: float = 0.5  # adversarial reconstruction
+    beta_stoch: float = 1.0  # stochastic reconstruction
+    beta_imp: float = 3.3e-3  # importance minimality
+    beta_freq: float = 3.3e-4  # frequency minimality; its logarithm sums over the batch, so it weighs more in a larger one
+    beta_delta: float = 1e5  # faithfulness
+    p_start: float = 2.0  # the power p of both minimality terms falls linearly over the run
+    p_end: float = 0.4
+    S: int = 1  # samples of r in each reconstruction loss
+    # The adversary
+    n_adv: int = 3  # Adam updates of r a step: n_adv - 1 before the losses, the last from their backward pass
+    adv_lr: float = 0.02  # constant after its warm-up
+    adv_warmup: float = 0.025  # share of the steps
+    adv_scope: Literal["position", "batch"] = "position"  # a source per position, or one that the batch shares
+    adv_routing: Literal["all", "subset"] = "all"  # matrices that the adversary masks at a position
+    # Gamma
+    d_ci: int = 128  # width of its residual stream
+    n_layer_ci: int = 2  # blocks
+    n_head_ci: int = 4
+    d_mlp_ci: int = 512
+    leak: float = 0.01  # slope of the lower sigmoid's gradient below 0 and of the upper sigmoid above 1
+    # Training
+    steps: int = 8000  # of the main loop
+    B: int = 2  # sequences a step
+    T: int = 64  # tokens a sequence
+    lr: float = 3e-3  # of U, V and Gamma
+    lr_warmup: float = 0.03  # share of the steps
+    lr_end: float = 0.01  # share of lr that its cosine ends at
+    clip: float = 0.01  # largest norm of the gradient of U and V
+    faith_steps: int = 400  # warm-up on faithfulness alone
+    faith_lr: float = 1e-2
+    # Logging and evaluation
+    log_every: int = 20  # steps
+    save_every: int = 1000  # steps
+    eval_windows: int = 64  # validation sequences of T tokens
+
+    def __post_init__(self) -> None:
+        positive = ("S", "n_adv", "d_ci", "n_head_ci", "d_mlp_ci", "B", "T", "steps", "log_every", "save_every", "eval_windows", "lr", "adv_lr", "clip", "p_start", "p_end")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+        for name in ("seed", "n_layer_ci", "beta_adv", "beta_stoch", "beta_imp", "beta_freq", "beta_delta", "faith_steps", "leak", "adv_warmup", "lr_warmup", "lr_end"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        parse_C(self.C)
+
+
+def parse_C(text: str) -> dict[str, int]:
+    """'*.q=42,*.k=42' to {pattern: count}. ValueError for anything else."""
+    counts = {}
+    for pair in text.split(","):
+        pattern, equals, count = pair.partition("=")
+        if not equals or not count.strip().lstrip("-").isdigit():
+            raise ValueError(f"C={text!r}: {pair!r} is not PATTERN=COUNT, as in '*.q=42,*.up=256'")
+        if counts.setdefault(pattern.strip(), int(count)) != int(count):
+            raise ValueError(f"C={text!r} gives {pattern!r} two counts")
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B. The method
+
+
+class VPD:
+    """The state of a decomposition in training, and one step of it.
+
+    decomposition, ci_fn (Gamma): the two things that learn. positions: the shape [B, T] of a batch's positions, for the
+    adversary's sources. divergence: D of the reconstruction losses. compiled: torch.compile the heavy functions.
+    """
+
+    def __init__(
+        self, decomposition: Decomposition, ci_fn: nn.Module, config: Config, positions: tuple[int, ...],
+        device: torch.device, divergence: Callable[[Tensor, Tensor], Tensor] = losses.kl_divergence, compiled: bool = False,
+    ) -> None:
+        self.decomposition, self.ci_fn, self.config, self.device, self.divergence = decomposition, ci_fn, config, device, divergence
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        n_sources = sum(decomposition.C.values()) + decomposition.L
+        self.adversary = losses.Adversary(positions, n_sources, self.generator, config.S, config.adv_scope)
+        self.optimizer = torch.optim.AdamW([*decomposition.subcomponents(), *ci_fn.parameters()], lr=config.lr, weight_decay=0.0, fused=True)
+        self.step = 0
+
+        maybe_compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
+        self.target_pass = maybe_compile(decomposition.target_pass)
+        self.gamma = maybe_compile(ci_fn)
+        self.reconstruction = maybe_compile(losses.reconstruction)
+        self.sigmoids = maybe_compile(lambda z, leak: (lower_leaky(z, leak), upper_leaky(z, leak)))
+        self.minimality = maybe_compile(losses.minimality)
+        self.adam_ascent = maybe_compile(losses.adam_ascent)
+
+    def warm_up(self) -> float:
+        """U and V alone descend the faithfulness loss; returns its last value."""
+        optimizer = torch.optim.AdamW(self.decomposition.subcomponents(), lr=self.config.faith_lr, weight_decay=0.0, fused=True)
+        loss = losses.faithfulness(self.decomposition)
+        for _ in range(self.config.faith_steps):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss = losses.faithfulness(self.decomposition)
+        return loss.item()
+
+    def train_step(self, x: Tensor) -> dict[str, Tensor]:
+        """One step on a batch x [B, T, ...]: the losses before their coefficients, as tensors, and L_VPD as `total`."""
+        c, adversary = self.config, self.adversary
+        progress = self.step / max(1, c.steps - 1)
+        p = torch.full((), c.p_start + (c.p_end - c.p_start) * progress, device=self.device)
+        adv_lr = c.adv_lr * min(1.0, (self.step + 1) / (c.adv_warmup * c.steps + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
+
+        # -------------------------------------------------------------------------------------------------------------
+        with autocast(self.device):
+            target_output, inputs = self.target_pass(x)  # f(x | W), and L x [B, T, d_in]
+            z = self.gamma(inputs).float()  # [B, T, C]
+            g, g_upper = self.sigmoids(z, c.leak)
+
+            # The adversary ascends n_adv - 1 times on this batch: gradients for r alone.
+            if c.beta_adv > 0:
+                # A tensor for `all` too: one shape of call, one graph to compile.
+                routing = torch.ones((c.S, *g.shape[:-1], self.decomposition.L), dtype=torch.bool, device=self.device)
+                if c.adv_routing == "subset":
+                    routing = losses.sample_routing((c.S, *g.shape[:-1]), self.decomposition.L, self.generator)
+
+                def adversarial(g: Tensor, r: Tensor, frozen: bool) -> Tensor:
+                    return losses.adversarial_reconstruction(
+                        self.decomposition, x, target_output, g, r, routing, self.divergence, frozen, self.reconstruction
+                    )
+
+                for _ in range(c.n_adv - 1):
+                    grad_r = adversary.gradient(lambda r: adversarial(g.detach(), r, frozen=True))
+                    adversary.ascend(grad_r, adv_lr, self.adam_ascent)
+
+            # The five losses.
+            terms = {}
+            if c.beta_adv > 0:
+                r = adversary.r.detach().requires_grad_()
+                terms["adversarial"] = c.beta_adv, adversarial(g, r, frozen=False)
+            if c.beta_stoch > 0:
+                terms["stochastic"] = c.beta_stoch, losses.stochastic_reconstruction(
+                    self.decomposition, x, target_output, g, self.generator, c.S, self.divergence, self.reconstruction
+                )
+            importance, frequency = self.minimality(g_upper, p)
+            terms["importance"] = c.beta_imp, importance
+            terms["frequency"] = c.beta_freq, frequency
+        terms["faithfulness"] = c.beta_delta, losses.faithfulness(self.decomposition)  # in fp32: Delta^2 is far below bf16's steps
+        total = sum(beta * loss for beta, loss in terms.values())
+
+        # One backward pass: U, V and Gamma descend, r makes its last ascent.
+        self.optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(self.decomposition.subcomponents(), c.clip)
+        self.optimizer.step()
+        if c.beta_adv > 0:
+            adversary.ascend(r.grad / c.beta_adv, adv_lr, self.adam_ascent)
+        # -------------------------------------------------------------------------------------------------------------
+
+        self.step += 1
+        row = {name: loss.detach() for name, (_, loss) in terms.items()}
+        return row | {"total": total.detach(), "l0": (g.detach() > 0).sum(-1).float().mean(), "p": p}
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "decomposition": self.decomposition.subcomponents_state(),
+            "ci_fn": self.ci_fn.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "adversary": self.adversary.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+        self.decomposition.load_subcomponents(state["decomposition"])
+        self.ci_fn.load_state_dict(state["ci_fn"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.adversary.load_state_dict(state["adversary"])
+        self.generator.set_state(state["generator"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C. The run
+
+
+def wants_compile(config: Config, device: torch.device) -> bool:
+    """--compile resolved: `auto` compiles where that pays and a compiler works, and says so in a line where it does not."""
+    if config.compile is False:
+        return False
+    if config.compile is True:
+        works, why_not = compiler_works(device)
+        if not works:
+            raise ValueError(f"compile=True: no working compiler here ({why_not})")
+        return True
+    if device.type == "cpu" and config.steps < CPU_COMPILE_PAYS:
+        print(f"compile: off, as compiling for a CPU takes longer than it saves in under {CPU_COMPILE_PAYS:,} steps; --compile=True forces it")
+        return False
+    works, why_not = compiler_works(device)
+    print("compile: on, the first step takes a minute or so" if works else f"compile: no working compiler ({why_not}): running eagerly, slower but the same")
+    return works
+
+
+def compiler_works(device: torch.device) -> tuple[bool, str]:
+    """Whether torch.compile works here, and why not."""
+    try:
+        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
+        return True, ""
+    except Exception as error:  # a missing compiler surfaces as one of many types
+        return False, (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or where it is taken wanted-2, wanted-3, …: an earlier run is never written over."""
+    folder, n = wanted, 1
+    while folder.exists():
+        n += 1
+        folder = wanted.with_name(f"{wanted.name}-{n}")
+    return folder
+
+
+def target_of(config: Config, corpus: data.Corpus) -> dict:
+    """The checkpoint of the target to decompose, which is trained first if there is none. ValueError if it does not fit."""
+    folder = Path(config.target or f"out/target-{corpus.name}")
+    if not config.target and not (folder / "checkpoint.pt").exists():
+        train_target.main(train_target.Config(dataset=config.dataset, data_dir=config.data_dir, device=config.device, T=config.T))
+    checkpoint = load_checkpoint(folder / "checkpoint.pt", "target")
+    context = checkpoint["gpt"]["context"]
+    if config.T > context:
+        raise ValueError(f"T={config.T}: the context of the target in {folder} is {context} tokens; train another with train_target.py --T={config.T} --out=...")
+    check_vocabulary(folder, checkpoint, corpus)
+    return checkpoint
+
+
+def build(config: Config, target_checkpoint: dict, device: torch.device) -> tuple[VPD, dict]:
+    """A VPD at its initialisation, a function of config.seed, and the arguments that its Gamma was made with."""
+    torch.manual_seed(config.seed)
+    decomposition = Decomposition(build_target(target_checkpoint), parse_C(config.C)).to(device)
+    gamma = {"d_ins": [V.shape[0] for V in decomposition.V.values()], "C": sum(decomposition.C.values())}
+    gamma |= {"d_ci": config.d_ci, "n_layer": config.n_layer_ci, "n_head": config.n_head_ci, "d_mlp": config.d_mlp_ci}
+    ci_fn = CITransformer(**gamma).to(device)
+    return VPD(decomposition, ci_fn, config, (config.B, config.T), device, compiled=wants_compile(config, device)), gamma
+
+
+def main(config: Config) -> None:
+    resumed = None
+    if config.resume:
+        resumed = load_checkpoint(Path(config.resume) / "checkpoint.pt", "decomposition")
+        if dataclasses.replace(config, resume="") != Config():
+            raise ValueError(f"resume={config.resume} goes on with that run's own settings: leave out the other flags")
+        folder, config = Path(config.resume), Config(**resumed["config"])
+    elif config.out and (Path(config.out) / "checkpoint.pt").exists():
+        raise ValueError(f"out={config.out} already holds a checkpoint: give another folder, or go on with --resume={config.out}")
+    device = pick_device(config.device)
+    if resumed and resumed["device"] != device.type:
+        raise ValueError(f"resume={folder}: that run was on {resumed['device']}, and its random numbers cannot go on on {device.type}")
+    corpus = data.load(config.dataset, config.data_dir)
+    if resumed:
+        check_vocabulary(folder, resumed["target"], corpus)
+    for split in ("train", "val"):
+        corpus.batch(split, 0, 1, config.T)  # too short a text ends here
+    target_checkpoint = resumed["target"] if resumed else target_of(config, corpus)
+    began = time.time() - (resumed["seconds"] if resumed else 0)
+    vpd, gamma = build(config, target_checkpoint, device)
+    n_parameters = {"U, V": vpd.decomposition.subcomponents(), "Gamma": vpd.ci_fn.parameters()}
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in ps):,} parameters" for name, ps in n_parameters.items())
+    print(f"decompose: {vpd.decomposition.L} matrices into {gamma['C']:,} subcomponents; {sizes}; on {device}")
+
+    if resumed:
+        vpd.load_state_dict(resumed["vpd"])
+        rows = read_log(folder, vpd.step)
+        with written(folder / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        folder = Path(config.out) if config.out else free_folder(Path(f"out/vpd-{corpus.name}"))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        write_config(folder, config, device)
+        print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps; run folder {folder}")
+
+    def save_run() -> None:
+        if not all(p.isfinite().all() for p in [*vpd.decomposition.subcomponents(), *vpd.ci_fn.parameters()]):
+            raise ValueError(f"U, V or Gamma is not finite after step {vpd.step - 1}: try a smaller lr than {config.lr}; {folder} keeps what was saved before")
+        run = {"kind": "decomposition", "config": asdict(config), "device": device.type, "target": target_checkpoint, "C": vpd.decomposition.C, "ci_fn": gamma}
+        save(folder / "checkpoint.pt", run | {"vpd": vpd.state_dict(), "seconds": time.time() - began})
+
+    with interruptible() as interrupted:
+        bar = progress_bar(vpd.step, config.steps, "decompose")
+        for step in bar:
+            losses_of_step = vpd.train_step(corpus.batch("train", step, config.B, config.T, config.seed)[:, :-1].to(device))
+
+            last, stop = step == config.steps - 1, interrupted()
+            saving = last or stop or (step + 1) % config.save_every == 0
+            if saving or step % config.log_every == 0:
+                row = {"step": step} | {name: value.item() for name, value in losses_of_step.items()}
+                bad = [name for name, value in row.items() if not math.isfinite(value)]
+                if bad:
+                    raise ValueError(f"the {bad[0]} loss is {row[bad[0]]} at step {step}: try a smaller lr than {config.lr}; {folder} keeps what was saved before")
+                if last or step % config.log_every == 0:
+                    log_line(folder, row)
+                bar.set_postfix({name: f"{row[name]:.3g}" for name in ("adversarial", "stochastic", "l0") if name in row}, refresh=False)
+            if saving:
+                save_run()
+            if stop and not last:
+                bar.close()
+                print(f"interrupted after step {step}, saved: go on with\n    python decompose.py --resume={folder}")
+                sys.exit(130)
+
+    evaluation.report(evaluation.load_run(folder, device), evaluation.Config(str(folder), windows=config.eval_windows))
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
