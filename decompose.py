@@ -41,7 +41,7 @@ from train_target import (
 # A. Settings
 
 
-CPU_COMPILE_PAYS = 2_000  # steps from which torch.compile, a minute at the default size, is earned back (python bench.py)
+CPU_COMPILE_PAYS = 3_500  # steps from which torch.compile, a minute at the default size, is earned back (python bench.py)
 
 
 @dataclass(frozen=True)
