@@ -1,6 +1,6 @@
 """Time one step of decompose.py at the default size, eager and compiled.
 
-    python bench.py              # three minutes on 2 CPU cores, most of it compilation
+    python bench.py              # about a minute and a half on 2 CPU cores, most of it compilation
     python bench.py --help
 
 Prints the median and the range of the seconds a step, tokens a second, and what compilation cost before the first step.

@@ -19,7 +19,7 @@ import decompose
 import eval as evaluation
 import losses
 import train_target
-from ci_fn import CITransformer, lower_leaky
+from ci_fn import lower_leaky
 
 compile_with = torch.compile
 ROOT = Path(__file__).parent.parent
