@@ -45,17 +45,9 @@ CPU_COMPILE_PAYS = 3_500  # steps from which torch.compile, a minute at the defa
 
 
 @dataclass(frozen=True)
-class Config:
-    dataset: str = "stdlib"  # 'stdlib', or the path of a .txt, .jsonl or .parquet file or of a folder of them
-    data_dir: str = "data"  # where token files are kept
-    target: str = ""  # run folder of train_target.py; default out/target-<dataset>, trained first if it is not there
-    out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
-    resume: str = ""  # run folder of an interrupted run to go on with; every other flag is then read from it
-    seed: int = 0  # of initialisation, batches, masks and sources
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU, or for a long run on a CPU, where a compiler works
-    # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts
-    C: str = "*.q=42,*.k=42,*.v=85,*.o=85,*.up=256,*.down=298"
+class Method:
+    """What the method itself has to be told, whatever it decomposes: decompose.py and toy.py share it."""
+
     # Coefficients of the five losses, in the order of the paper's sum
     beta_adv: float = 0.5  # adversarial reconstruction
     beta_stoch: float = 1.0  # stochastic reconstruction
@@ -65,41 +57,63 @@ class Config:
     p_start: float = 2.0  # the power p of both minimality terms falls linearly over the run
     p_end: float = 0.4
     S: int = 1  # samples of r in each reconstruction loss
+    leak: float = 0.01  # slope of the lower sigmoid's gradient below 0 and of the upper sigmoid above 1
     # The adversary
     n_adv: int = 3  # Adam updates of r a step: n_adv - 1 before the losses, the last from their backward pass
     adv_lr: float = 0.02  # constant after its warm-up
     adv_warmup: float = 0.025  # share of the steps
     adv_scope: Literal["position", "batch"] = "position"  # a source per position, or one that the batch shares
     adv_routing: Literal["all", "subset"] = "all"  # matrices that the adversary masks at a position
-    # Gamma
-    d_ci: int = 128  # width of its residual stream
-    n_layer_ci: int = 2  # blocks
-    n_head_ci: int = 4
-    d_mlp_ci: int = 512
-    leak: float = 0.01  # slope of the lower sigmoid's gradient below 0 and of the upper sigmoid above 1
     # Training
     steps: int = 8000  # of the main loop
     B: int = 2  # sequences a step
-    T: int = 64  # tokens a sequence
     lr: float = 3e-3  # of U, V and Gamma
     lr_warmup: float = 0.03  # share of the steps
     lr_end: float = 0.01  # share of lr that its cosine ends at
     clip: float = 0.01  # largest norm of the gradient of U and V
     faith_steps: int = 400  # warm-up on faithfulness alone
     faith_lr: float = 1e-2
+    seed: int = 0  # of initialisation, batches, masks and sources
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+
+    def __post_init__(self) -> None:
+        require(self, "above 0", "S", "n_adv", "B", "steps", "lr", "adv_lr", "clip", "p_start", "p_end")
+        require(self, "0 or above", "seed", "beta_adv", "beta_stoch", "beta_imp", "beta_freq", "beta_delta", "faith_steps", "leak", "adv_warmup", "lr_warmup", "lr_end")
+
+
+def require(config: object, what: Literal["above 0", "0 or above"], *names: str) -> None:
+    """ValueError, with the name and the value, unless each of these numbers is what it must be."""
+    for name in names:
+        value = getattr(config, name)
+        if not (value > 0 if what == "above 0" else value >= 0):
+            raise ValueError(f"{name}={value}: must be {what}")
+
+
+@dataclass(frozen=True)
+class Config(Method):
+    dataset: str = "stdlib"  # 'stdlib', or the path of a .txt, .jsonl or .parquet file or of a folder of them
+    data_dir: str = "data"  # where token files are kept
+    target: str = ""  # run folder of train_target.py; default out/target-<dataset>, trained first if it is not there
+    out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
+    resume: str = ""  # run folder of an interrupted run to go on with; every other flag is then read from it
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU, or for a long run on a CPU, where a compiler works
+    T: int = 64  # tokens a sequence
+    # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts
+    C: str = "*.q=42,*.k=42,*.v=85,*.o=85,*.up=256,*.down=298"
+    # Gamma
+    d_ci: int = 128  # width of its residual stream
+    n_layer_ci: int = 2  # blocks
+    n_head_ci: int = 4
+    d_mlp_ci: int = 512
     # Logging and evaluation
     log_every: int = 20  # steps
     save_every: int = 1000  # steps
     eval_windows: int = 64  # validation sequences of T tokens
 
     def __post_init__(self) -> None:
-        positive = ("S", "n_adv", "d_ci", "n_head_ci", "d_mlp_ci", "B", "T", "steps", "log_every", "save_every", "eval_windows", "lr", "adv_lr", "clip", "p_start", "p_end")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
-        for name in ("seed", "n_layer_ci", "beta_adv", "beta_stoch", "beta_imp", "beta_freq", "beta_delta", "faith_steps", "leak", "adv_warmup", "lr_warmup", "lr_end"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        super().__post_init__()
+        require(self, "above 0", "d_ci", "n_head_ci", "d_mlp_ci", "T", "log_every", "save_every", "eval_windows")
+        require(self, "0 or above", "n_layer_ci")
         parse_C(self.C)
 
 
@@ -127,7 +141,7 @@ class VPD:
     """
 
     def __init__(
-        self, decomposition: Decomposition, ci_fn: nn.Module, config: Config, positions: tuple[int, ...],
+        self, decomposition: Decomposition, ci_fn: nn.Module, config: Method, positions: tuple[int, ...],
         device: torch.device, divergence: Callable[[Tensor, Tensor], Tensor] = losses.kl_divergence, compiled: bool = False,
     ) -> None:
         self.decomposition, self.ci_fn, self.config, self.device, self.divergence = decomposition, ci_fn, config, device, divergence
