@@ -379,14 +379,14 @@ def plot_coactivation(X: sp.csr_matrix, label: np.ndarray, components: list[dict
     from matplotlib import pyplot as plt
 
     shown = np.flatnonzero([is_tight(components[i]) for i in label])
-    shown = shown if len(shown) else np.arange(len(label))
+    shown = shown if len(shown) else np.arange(len(label))  # none is tight: all
     n, label, matrices = coactivation(X[:, shown]), label[shown], [matrices[i] for i in shown]
     jaccard = n / (n.diagonal()[:, None] + n.diagonal() - n)
     sizes, names = np.bincount(label), list(dict.fromkeys(matrices))
     figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     for ax, order, by in zip(axes, (np.arange(len(n)), np.argsort(label, kind="stable")), ("matrix", "component")):
         image = ax.imshow(jaccard[np.ix_(order, order)], cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
-        ax.set(xlabel=f"subcomponent, by {by}", title=f"{len(n)} subcomponents by {by}")
+        ax.set(xlabel=f"subcomponent, by {by}", title=f"The {len(n)} subcomponents of tight components, by {by}")
     edges = np.array([matrices.index(name) for name in names] + [len(n)])
     axes[0].set_yticks((edges[:-1] + edges[1:] - 1) / 2, names, fontsize=7)
     for edge in edges[1:-1] - 0.5:
