@@ -12,8 +12,10 @@ import scipy.sparse as sp
 import torch
 
 import cluster
+import decompose
+import eval as evaluation
 from cluster import Groups, coactivation, mdl_cost, merge_cost, sample_rank
-from test_decompose import home, whole  # noqa: F401  a tiny run
+from test_decompose import config, home  # noqa: F401
 from train_target import run_script
 
 INF = math.inf
@@ -240,6 +242,15 @@ def test_order_and_fill_of_components():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run
+
+
+@pytest.fixture(scope="module")
+def whole(home) -> Path:  # noqa: F811
+    """A tiny run, whose evaluation climbs only a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "PGD_STEPS", (2,))
+        decompose.main(config(out="whole"))
+    return home / "whole"
 
 
 @pytest.fixture(scope="module")
