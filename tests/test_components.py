@@ -13,6 +13,7 @@ import cluster
 import components
 import decompose
 import losses
+from bench_cluster import planted
 from components import Components, OwnMasks, adjusted_rand, hamming_distance, interaction_shares, pair_distance
 from eval import adversarial_sources
 from model import Decomposition
@@ -173,6 +174,14 @@ def test_adjusted_rand():
     most = (together(a, a) + together(b, b)) / 2
     assert adjusted_rand(a, b) == pytest.approx((together(a, b) - chance) / (most - chance))
     assert adjusted_rand(a, 2 - a) == 1 and adjusted_rand(np.arange(4), np.arange(4)) == 1
+
+
+@pytest.mark.parametrize("gamma", [0.2, math.inf])
+def test_planted_clusters_are_found(gamma):
+    """bench_cluster.py in small."""
+    X, truth = planted(400, 5000, 20)
+    assert X.nnz / 5000 == pytest.approx(20, rel=0.05)
+    assert adjusted_rand(cluster.cluster(X, 1.0, gamma).label, truth) >= 0.95
 
 
 def test_match_finds_a_permutation(decomposition, gpt):
