@@ -39,10 +39,10 @@ from train_target import check_vocabulary, pick_device, run_script, written
 # A. The cost
 
 
-def mdl_cost(s: np.ndarray, r: np.ndarray, alpha: float) -> float:
-    """MDL = sum_i s_i (log2 k + alpha r_i), in bits over all positions.
+def mdl_cost(s: np.ndarray, rank: np.ndarray, alpha: float) -> float:
+    """MDL = sum_i s_i (log2 k + alpha rank_i), in bits over all positions.
 
-    s [k]: positions at which group i is on, which is where any member is; r [k]: its rank, one a member.
+    s [k]: positions at which group i is on, which is where any member is; rank [k]: one for each member.
     Whenever a group is on, log2 k bits name it and alpha bits are paid for each of its ranks, also for members that are off
     there. With alpha = 0 one group of everything is free; as alpha grows only what always fires together stays together:
     two subcomponents of equal frequency, each on at a share `co` of the other's positions, merge if
@@ -50,13 +50,13 @@ def mdl_cost(s: np.ndarray, r: np.ndarray, alpha: float) -> float:
     S log2(k / (k - 1)) bits in all (S = sum_i s_i), which pays for lumping together what is rare: two that never fire together,
     if they are on at fewer than about 0.72 S / (alpha k) positions each. `rank_frequency_fill` tells such lumps apart.
     """
-    return float((s * (np.log2(len(s)) + alpha * r)).sum())
+    return float((s * (np.log2(len(s)) + alpha * rank)).sum())
 
 
-def merge_cost(s_i, s_j, n_ij, r_i, r_j, S, k: int, alpha: float):
+def merge_cost(s_i, s_j, n_ij, rank_i, rank_j, S, k: int, alpha: float):
     """Change of mdl_cost, in bits, when groups i and j of k >= 2 become one; numbers, or arrays that broadcast.
 
-    s, r as in mdl_cost; n_ij: positions where both are on; S = sum_i s_i over all k groups.
+    s, rank as in mdl_cost; n_ij: positions where both are on; S = sum_i s_i over all k groups.
 
     PAPER: the published formula prints for the merged group's count the symbol that its text defines as *both on*. A group is
     on where any member is, so the count is the union, o_ij. Only that equals the difference of mdl_cost; the literal reading
@@ -64,7 +64,7 @@ def merge_cost(s_i, s_j, n_ij, r_i, r_j, S, k: int, alpha: float):
     """
     o_ij = s_i + s_j - n_ij
     naming = (S - s_i - s_j) * math.log2((k - 1) / k) + o_ij * math.log2(k - 1) - (s_i + s_j) * math.log2(k)
-    return naming + alpha * (o_ij * (r_i + r_j) - s_i * r_i - s_j * r_j)
+    return naming + alpha * (o_ij * (rank_i + rank_j) - s_i * rank_i - s_j * rank_j)
 
 
 def grouped(X: sp.csr_matrix, label: np.ndarray) -> sp.csr_matrix:
@@ -97,12 +97,12 @@ def coactivation(X: sp.csr_matrix) -> np.ndarray:
 class Groups:
     """k groups of subcomponents while they merge; at first every one is its own.
 
-    s, r [K] as in mdl_cost and n [K, K] as in `coactivation`, over K >= k slots; `gone` [K] is inf where a slot's group was
+    s, rank [K] as in mdl_cost and n [K, K] as in `coactivation`, over K >= k slots; `gone` [K] is inf where a slot's group was
     merged into another, else 0. on[i]: the positions of group i, int32. rows [N, width]: the groups on at each position,
     K where there is no more. first [K]: a subcomponent of each group.
 
     Without its first term, which all pairs share, the cost of a merge is
-        D_ij = alpha (s_i r_j + s_j r_i) - n_ij (log2(k - 1) + alpha (r_i + r_j)),
+        D_ij = alpha (s_i rank_j + s_j rank_i) - n_ij (log2(k - 1) + alpha (rank_i + rank_j)),
     which for a pair that is left alone only grows as k falls. So the smallest D_ij once seen in a row stays a lower `bound`
     [K] on it, and the best pairs are found by looking at the few rows with the lowest bounds instead of at all k^2 / 2 pairs.
     """
@@ -110,7 +110,7 @@ class Groups:
     def __init__(self, X: sp.csr_matrix, n: np.ndarray, alpha: float) -> None:
         N, K = X.shape
         self.alpha, self.k, self.n = alpha, K, n.copy()
-        self.s, self.r = n.diagonal().astype(np.float64), np.ones(K)
+        self.s, self.rank = n.diagonal().astype(np.float64), np.ones(K)
         self.gone, self.first, self.marked = np.zeros(K), np.arange(K), np.zeros(N, bool)
         width = np.diff(X.indptr)
         self.rows = np.full((N, width.max()), K, np.int32)
@@ -121,15 +121,15 @@ class Groups:
 
     def D(self, i: np.ndarray, above: bool = True) -> np.ndarray:
         """D_ij in bits for rows i and all slots j, [len(i), K]; inf where one is gone and, to have each pair once, where j <= i."""
-        s, r, gone, i = self.s, self.r, self.gone, i[:, None]
-        name = math.log2(max(1, self.k - 1))  # at k = 1 no pair is left
-        D = self.alpha * (s[i] * r + r[i] * s) - self.n[i[:, 0]] * (name + self.alpha * (r[i] + r)) + gone[i] + gone
+        s, rank, gone, n, i = self.s, self.rank, self.gone, self.n[i], i[:, None]
+        naming = math.log2(max(1, self.k - 1))  # at k = 1 no pair is left
+        D = self.alpha * (s[i] * rank + rank[i] * s) - n * (naming + self.alpha * (rank[i] + rank)) + gone[i] + gone
         return np.where(np.arange(len(s)) > i, D, np.inf) if above else D
 
     def cost(self) -> float:
         """mdl_cost of the groups as they are; both sums are of whole numbers, so nothing drifts."""
         there = self.gone == 0
-        return float(self.s[there].sum() * math.log2(self.k) + self.alpha * (self.s * self.r)[there].sum())
+        return float(self.s[there].sum() * math.log2(self.k) + self.alpha * (self.s * self.rank)[there].sum())
 
     def ranked_pair(self, J: int) -> tuple[int, int]:
         """The pair of rank J = 0, 1, ... by merge_cost, ascending; equal costs in any order."""
@@ -159,7 +159,7 @@ class Groups:
         self.rows[on_j, (self.rows[on_j] == j).argmax(1)] = np.where(already, K, i)  # j stands once in each of its rows
         self.on[i], self.on[j] = np.concatenate((on_i, gained)), on_j[:0]
         self.s[i] += len(gained)
-        self.r[i] += self.r[j]
+        self.rank[i] += self.rank[j]
         self.n[i, i] = self.s[i]
         self.n[:, i] = self.n[i]
         self.gone[j] = self.bound[j] = np.inf
@@ -176,7 +176,7 @@ class Groups:
         """Renumber the groups 0 .. k - 1 and forget the empty slots."""
         keep, K = np.flatnonzero(self.gone == 0), len(self.s)
         self.n = self.n[np.ix_(keep, keep)]
-        self.s, self.r, self.gone, self.first, self.bound = (a[keep] for a in (self.s, self.r, self.gone, self.first, self.bound))
+        self.s, self.rank, self.gone, self.first, self.bound = (a[keep] for a in (self.s, self.rank, self.gone, self.first, self.bound))
         self.on = [self.on[i] for i in keep]
         number = np.full(K + 1, self.k, np.int32)
         number[keep] = np.arange(self.k)
@@ -203,9 +203,9 @@ TIGHT = 0.5  # a component of more than one is tight at this fill or above, and 
 
 
 def rank_frequency_fill(X: sp.csr_matrix, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each component, [k]: its rank r; s, the positions where it is on; and its fill, the share of these at which a member is.
+    """Of each component, [k]: its rank; s, the positions where it is on; and its fill, the share of these at which a member is.
 
-    The fill is a mean over members: 1 / r if no two are ever on together, 1 if they always all are. X [N, n], label [n].
+    The fill is a mean over members: 1 / rank if no two are ever on together, 1 if they always all are. X [N, n], label [n].
     """
     rank, s = np.bincount(label), grouped(X, label).getnnz(0)
     return rank, s, np.bincount(label, weights=X.getnnz(0)) / (rank * s)
@@ -305,7 +305,7 @@ def span(members: dict[str, list[int]]) -> str:
 def components_of(X: sp.csr_matrix, names: list[tuple[str, int]], label: np.ndarray) -> list[dict]:
     """What clusters.json holds of each component, by label: members {matrix: numbers}, rank, frequency s / N, fill, span."""
     components = [
-        {"members": {}, "rank": int(r), "frequency": float(s / X.shape[0]), "fill": float(fill)} for r, s, fill in zip(*rank_frequency_fill(X, label))
+        {"members": {}, "rank": int(rank), "frequency": float(s / X.shape[0]), "fill": float(fill)} for rank, s, fill in zip(*rank_frequency_fill(X, label))
     ]
     for i, (matrix, number) in zip(label, names):
         components[i]["members"].setdefault(matrix, []).append(number)
@@ -415,7 +415,7 @@ def plot_sizes(components: list[dict], path: Path) -> None:
         if kind != "single":
             ax_fill.scatter(frequency[of], fill[of], s=6 * rank[of], alpha=0.5, color=colour, lw=0)
     ax_rank.hist([rank[[c["span"] == kind for c in components]] for kind in SPANS], bins=np.arange(0.5, rank.max() + 1), stacked=True, color=SPAN_COLOURS.values())
-    ax_rank.set(xlabel="rank r: subcomponents in a component", ylabel="components", yscale="log", title="Ranks")
+    ax_rank.set(xlabel="rank: subcomponents in a component", ylabel="components", yscale="log", title="Ranks")
     ax_fill.axhline(TIGHT, color="#7f7f7f", lw=0.8, ls=":")
     ax_fill.set(xlabel="frequency: share of tokens where it is on", ylabel="fill: share of them where a member is on", xscale="log", ylim=(0, 1.02))
     ax_fill.set(title="Components of rank above 1 (area: rank)")
@@ -502,7 +502,8 @@ def main(config: Config) -> None:
     began, figures = time.time(), run.folder / "figures"
     firing = gather(run, corpus, config.tau, config.tokens, config.seed)
     X, (N, n) = firing.X, firing.X.shape
-    print(f"firing: {n} of {sum(run.decomposition.C.values())} subcomponents have g > {config.tau} at one of {N:,} tokens, {X.nnz / N:.2f} at a token; {time.time() - began:.0f} s")
+    C = sum(run.decomposition.C.values())
+    print(f"firing: {n} of {C} subcomponents have g > {config.tau} at one of {N:,} tokens, {X.nnz / N:.2f} at a token; {time.time() - began:.0f} s")
 
     results = {}
     for alpha in config.alphas():

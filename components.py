@@ -128,7 +128,8 @@ def evaluation_table(numbers: dict[str, dict[str, float]]) -> str:
     lines = [f"{'':18s} {'L0':>7s} {'carried':>8s}" + "".join(f"{q:>10s}" for q in short) + "".join(f"{f'adversarial_{n}':>18s}" for n in PGD)]
     for what, row in numbers.items():
         values = "".join(f"{row[q] - ce_target * q.startswith('ce'):10.4f}" for q in QUANTITIES)
-        lines.append(f"{what:18s} {row['l0']:7.2f} {row['carried']:8.2f}{values}" + "".join(f"{row[f'kl:adversarial_{n}']:10.4f} ± {row[f'sd:adversarial_{n}']:.3f}" for n in PGD))
+        adversarial = "".join(f"{row[f'kl:adversarial_{n}']:10.4f} ± {row[f'sd:adversarial_{n}']:.3f}" for n in PGD)
+        lines.append(f"{what:18s} {row['l0']:7.2f} {row['carried']:8.2f}{values}{adversarial}")
     return "\n".join(lines)
 
 
@@ -316,8 +317,9 @@ def stability(run: Run, corpus: data.Corpus, clusters: dict, against: str, confi
     close = keep & (matched["cosine"] >= 0.5)  # i, j and keep are of the other run, the last one
     return found | {
         "other run, without lumps, matched at cosine >= 0.5": distances(label[i[close]], label_2[j[close]]),
-        "matched cosine": {"mean": float(matched["cosine"].mean()), "at least 0.5": float((matched["cosine"] >= 0.5).mean()), "initial mean": float(start["cosine"].mean())},
-        "mmcs": {f"{x}{when}": float(of[x].mean()) for when, of in (("", matched), (" initial", start)) for x in "UV"},
+        "matched cosine": {what: float(of["cosine"].mean()) for what, of in (("mean", matched), ("initial", start))},
+        "mmcs": {x + what: float(of[x][~lump].mean()) for what, of in ((", no lumps", matched), (" initial, no lumps", start)) for x in "UV"}
+        | {x + what: float(of[x].mean()) for what, of in (("", matched), (" initial", start)) for x in "UV"},
     }
 
 
