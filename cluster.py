@@ -432,19 +432,20 @@ def plot_alphas(found: dict[float, list[dict]], path: Path) -> None:
     alphas, live = list(found), sum(c["rank"] for c in next(iter(found.values())))
 
     def line(on, keep, weigh, **style) -> None:
-        on.plot(alphas, [sum(weigh(c) for c in components if keep(c)) for components in found.values()], "o-", **style)
+        on.plot(alphas, [sum(weigh(c) for c in components if keep(c)) for components in found.values()], marker="o", **style)
 
     line(ax, lambda c: True, lambda c: 1, color="#000000", label="components")
     line(ax, lambda c: c["rank"] > 1, lambda c: 1, color="#0072b2", label="of rank above 1")
     line(ax, is_tight, lambda c: 1, color="#d55e00", label="of rank above 1 and tight (fill ≥ 0.5)")
     ax.axhline(live, color="#7f7f7f", lw=1, ls=":", label="live subcomponents")
     for kind, colour in SPAN_COLOURS.items():
-        line(ax_span, lambda c: c["span"] == kind, lambda c: c["rank"] / live, color=colour, label=SPANS[kind])
+        line(ax_span, lambda c: c["span"] == kind and c["fill"] >= TIGHT, lambda c: c["rank"] / live, color=colour, label=SPANS[kind])
+    line(ax_span, lambda c: c["fill"] < TIGHT, lambda c: c["rank"] / live, color="#000000", ls=":", label="any, but a lump (fill < 0.5)")
     ax.set(ylabel="count", title="Components against α")
-    ax_span.set(ylabel="share of the live subcomponents", title="How far their component reaches", ylim=(-0.02, 1.02))
+    ax_span.set(ylabel="share of the live subcomponents", title="How far their component reaches", ylim=(-0.02, 1.5))  # room for the legend
     for a in (ax, ax_span):
         a.set(xlabel="α, bits for each rank of a component that is on")
-        a.set_xscale("symlog", linthresh=min([x for x in alphas if x > 0], default=1))
+        a.set_xscale("log") if min(alphas) > 0 else a.set_xscale("symlog", linthresh=min([x for x in alphas if x > 0], default=1))
         a.set_xticks(alphas, [f"{x:g}" for x in alphas])
         a.set_xticks([], minor=True)
         a.legend(fontsize=8)

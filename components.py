@@ -1,9 +1,9 @@
 """What components are worth: are they parts of the model that can be ablated as one, and would another run find them too?
 
-    python components.py out/vpd-stdlib                        # after cluster.py: minutes on 2 CPU cores
-    python components.py out/vpd-stdlib --against=out/seed1    # and the stability, against another run of the same target
+    python components.py out/vpd-stdlib                        # after cluster.py: 5 minutes on one CPU core
+    python components.py out/vpd-stdlib --against=out/seed1    # the stability alone, half a minute: another run of the same target
 
-Reads <run>/clusters.json; writes <run>/components.json and <run>/figures/interactions.png.
+Reads <run>/clusters.json; writes <run>/components.json and <run>/figures/interactions.png, or <run>/stability-<other run>.json.
 
   A. Evaluation     components as objects of the method: one mask for all members, measured as eval.py measures subcomponents
   B. Interactions   which MLP-up subcomponents share neurons at the same positions (paper, "nonlinear interactions")
@@ -210,7 +210,7 @@ def plot_interactions(matrices: dict[str, tuple], path: Path) -> None:
                 ax_hist.hist(values.clip(-6, 2), bins, density=True, histtype="step", color=colour, label=f"{what} ({len(values):,} pairs)")
         ax_hist.hist(log_shuffled[off].clip(-6, 2), bins, density=True, histtype="step", color="#7f7f7f", ls=":", label="positions shuffled")
         ax_hist.axvline(0, color="#000000", lw=0.8, ls="--")
-        ax_hist.set(xlabel="log10 of I (dashed: I = 1; below −6 at −6)", ylabel="density of pairs c ≠ c′", yscale="log")
+        ax_hist.set(xlabel="log10 of I (dashed: I = 1; beyond an end: at it)", ylabel="density of pairs c ≠ c′", yscale="log")
         ax_hist.legend(fontsize=8)
     figure.colorbar(image, ax=axes[0], label="log10 of the nonlinear interaction I(c, c′)", fraction=0.03)
     save_figure(figure, path)
@@ -330,7 +330,7 @@ def stability(run: Run, corpus: data.Corpus, clusters: dict, against: str, confi
 @dataclass(frozen=True)
 class Config:
     run: str  # run folder of decompose.py, clustered by cluster.py
-    against: str = ""  # run folder of another decomposition of the same target, for the stability
+    against: str = ""  # run folder of another decomposition of the same target: only the stability is measured
     windows: int = 64  # validation sequences of the evaluation, the same as those of eval.py
     up: str = "*.up"  # glob pattern: the matrices before a nonlinearity, for the interactions
     data_dir: str = ""  # where token files are kept; default as in the run
@@ -365,6 +365,12 @@ def read_clusters(folder: Path, C: dict[str, int]) -> tuple[dict, np.ndarray, np
     return clusters, label, live
 
 
+def save_report(path: Path, report: dict) -> None:
+    with written(path) as temporary:
+        temporary.write_text(json.dumps({"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | report, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+
+
 def main(config: Config) -> None:
     import matplotlib
 
@@ -372,8 +378,14 @@ def main(config: Config) -> None:
     run, corpus = open_run(config.run, config.data_dir, config.device)
     C = run.decomposition.C
     clusters, label, live = read_clusters(run.folder, C)
-    report: dict[str, dict] = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "alpha": clusters["alpha"]}
-    report["interactions"], drawn, rng = {}, {}, np.random.default_rng(clusters["seed"])
+    if config.against:
+        found = stability(run, corpus, clusters, config.against, config)
+        for what, values in found.items():
+            print(f"{what}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        save_report(run.folder / f"stability-{Path(config.against).resolve().name}.json", {"alpha": clusters["alpha"], "stability": found})
+        return
+
+    shares_of, drawn, rng = {}, {}, np.random.default_rng(clusters["seed"])
     names = np.repeat(list(C), list(C.values()))
     for name in C:
         here = live[names[live] == name] if fnmatchcase(name, config.up) else []
@@ -382,19 +394,13 @@ def main(config: Config) -> None:
             drawn[name] = I, shuffled, label[here]
             lump = np.array([clusters["components"][k]["fill"] < TIGHT for k in label[here]])
             shares = interaction_shares(I, shuffled, label[here], lump, rng)
-            report["interactions"][name] = {what: None if math.isnan(value) else value for what, value in shares.items()}
+            shares_of[name] = {what: None if math.isnan(value) else value for what, value in shares.items()}
             print(f"interactions of {name}, share at 1 or above: " + "; ".join(f"{what} {value:.4g}" for what, value in shares.items()))
     if drawn:
         plot_interactions(drawn, run.folder / "figures" / "interactions.png")
-    if config.against:
-        report["stability"] = stability(run, corpus, clusters, config.against, config)
-        for what, values in report["stability"].items():
-            print(f"stability, {what}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    report["evaluation"] = evaluate(run, corpus, label, live, config.windows, 0)
-    print(evaluation_table(report["evaluation"]))
-    with written(run.folder / "components.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {run.folder}/components.json" + f", {run.folder}/figures/interactions.png" * bool(drawn))
+    numbers = evaluate(run, corpus, label, live, config.windows, 0)
+    print(evaluation_table(numbers))
+    save_report(run.folder / "components.json", {"alpha": clusters["alpha"], "evaluation": numbers, "interactions": shares_of})
 
 
 if __name__ == "__main__":

@@ -106,13 +106,20 @@ def test_evaluate_agrees_with_eval(clustered, monkeypatch):
 
 def test_main_writes_components_json(clustered, monkeypatch):
     monkeypatch.setattr(components, "PGD", (2,))
-    components.main(components.Config(run="whole", windows=2, against="whole"))
+    components.main(components.Config(run="whole", windows=2))
     report = json.loads((clustered / "components.json").read_text())
     assert set(report["evaluation"]) == {"subcomponents", "own masks", "components", "random components"}
     assert set(report["interactions"]) == {"blocks.0.mlp.up", "blocks.1.mlp.up"}
-    assert report["stability"]["matched cosine"]["mean"] == pytest.approx(1) and report["stability"]["mmcs"]["U"] == pytest.approx(1)
-    assert report["stability"]["other run"]["adjusted Rand"] == 1  # the run itself
     assert (clustered / "figures/interactions.png").exists() and not list(clustered.rglob("*.tmp"))
+
+
+def test_stability_against_the_run_itself(clustered):
+    before = (clustered / "clusters.json").read_bytes()
+    components.main(components.Config(run="whole", against="whole"))
+    found = json.loads((clustered / "stability-whole.json").read_text())["stability"]
+    assert found["matched cosine"]["mean"] == pytest.approx(1) and found["mmcs"]["U"] == pytest.approx(1) == found["mmcs"]["V initial"]
+    assert found["other run"]["pair distance"] == found["other run"]["Hamming"] == 0 and found["other run"]["adjusted Rand"] == 1
+    assert found["other run"]["items"] == json.loads(before)["live"] and (clustered / "clusters.json").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
