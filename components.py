@@ -382,7 +382,7 @@ def main(config: Config) -> None:
         found = stability(run, corpus, clusters, config.against, config)
         for what, values in found.items():
             print(f"{what}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        save_report(run.folder / f"stability-{Path(config.against).resolve().name}.json", {"alpha": clusters["alpha"], "stability": found})
+        save_report(run.folder / f"stability-{Path(config.against).resolve().name}.json", {"clusters": clusters["command"], "alpha": clusters["alpha"], "stability": found})
         return
 
     shares_of, drawn, rng = {}, {}, np.random.default_rng(clusters["seed"])
@@ -400,7 +400,7 @@ def main(config: Config) -> None:
         plot_interactions(drawn, run.folder / "figures" / "interactions.png")
     numbers = evaluate(run, corpus, label, live, config.windows, 0)
     print(evaluation_table(numbers))
-    save_report(run.folder / "components.json", {"alpha": clusters["alpha"], "evaluation": numbers, "interactions": shares_of})
+    save_report(run.folder / "components.json", {"clusters": clusters["command"], "alpha": clusters["alpha"], "evaluation": numbers, "interactions": shares_of})
 
 
 if __name__ == "__main__":
