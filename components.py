@@ -276,7 +276,9 @@ def match(A: Decomposition, B: Decomposition, a: list[tuple[str, int]], b: list[
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Of two labellings of the same items, any whole numbers [n], with the pairs that each groups."""
+    """Of two labellings of the same items, any whole numbers [n], with the pairs that each groups; n may be 0."""
+    if not len(a):
+        return {"items": 0}
     a, b = (np.unique(label, return_inverse=True)[1] for label in (a, b))
     return {
         "items": len(a), "pairs": pairs(np.bincount(a)), "pairs there": pairs(np.bincount(b)),

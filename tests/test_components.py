@@ -170,6 +170,12 @@ def test_distances_by_hand(a, b, hamming, unordered):
     assert pair_distance(a, b) == pair_distance(b, a) == unordered
 
 
+def test_distances_of_any_labels():
+    found = components.distances(np.array([7, 7, 3]), np.array([0, 5, 5]))
+    assert found["items"] == 3 and found["pairs"] == found["pairs there"] == 1 and found["pair distance"] == 2
+    assert components.distances(np.array([], int), np.array([], int)) == {"items": 0}
+
+
 def test_adjusted_rand():
     """Against its definition over all permutations of one labelling: (agreement - mean) / (largest - mean)."""
     a, b = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2])
