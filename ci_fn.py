@@ -3,12 +3,14 @@ importance function")
 
   A. two leaky hard sigmoids   one forward value, two ways to learn: `lower_leaky` builds masks, `upper_leaky` is penalised
   B. CITransformer             one shared bidirectional transformer over the inputs of all decomposed matrices
+  C. CISharedMLP, CIMLPs       for the toys, whose inputs have no sequence axis
 
 Gamma sees the *unmasked* target's activations, without gradient, and gives one logit z per subcomponent and position;
 g = clamp(z, 0, 1). Deltas have no logit: their importance is 0 by definition.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Block, rms_norm
@@ -78,3 +80,53 @@ class CITransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.out(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C. Gamma of the toys
+
+
+class CISharedMLP(nn.Module):
+    """One MLP over all layers: inputs L x [..., d_in_l], concatenated as they are, to causal importance logits z [..., C].
+
+    hidden: widths of its hidden layers, with GELU between them. No norm: in a toy an input's size is its meaning.
+    spread, bias: scale and bias of the last layer at the start. With a large spread and a bias below 0 each subcomponent is
+    alive at first on a few inputs of its own, not on all alike; see README.md for what that decides.
+    """
+
+    def __init__(self, d_ins: list[int], C: int, hidden: tuple[int, ...] = (256,), spread: float = 1.0, bias: float = 0.0) -> None:
+        super().__init__()
+        widths = [sum(d_ins), *hidden, C]
+        self.layers = nn.ModuleList(nn.Linear(d_in, d_out) for d_in, d_out in zip(widths, widths[1:]))
+        for layer in self.layers[:-1]:
+            nn.init.normal_(layer.weight, std=(2 / layer.in_features) ** 0.5)
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.layers[-1].weight, std=spread / widths[-2] ** 0.5)
+        nn.init.constant_(self.layers[-1].bias, bias)
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        x = torch.cat(inputs, dim=-1)
+        for layer in self.layers[:-1]:
+            x = F.gelu(layer(x))
+        return self.layers[-1](x)
+
+
+class CIMLPs(nn.Module):
+    """A small MLP of its own for each subcomponent (SPD): V_c^T x, a scalar, to `hidden` GELU units to z_c.
+
+    V: L x [d_in_l, C_l], the decomposition's own parameters: they learn from Gamma as well. inputs L x [..., d_in_l],
+    z [..., C].
+    """
+
+    def __init__(self, V: list[Tensor], hidden: int = 16) -> None:
+        super().__init__()
+        self.V = V  # a plain list, so that they stay the decomposition's parameters and not ours
+        C = sum(v.shape[1] for v in V)
+        self.w_in = nn.Parameter(torch.randn(C, hidden) * 2**0.5)
+        self.w_out = nn.Parameter(torch.randn(C, hidden) / hidden**0.5)
+        self.b_in, self.b_out = nn.Parameter(torch.zeros(C, hidden)), nn.Parameter(torch.zeros(C))
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        a = torch.cat([x @ V for x, V in zip(inputs, self.V)], dim=-1)  # [..., C]
+        h = F.gelu(a[..., None] * self.w_in + self.b_in)  # [..., C, hidden]
+        return (h * self.w_out).sum(-1) + self.b_out

@@ -109,7 +109,7 @@ def evaluate(run: Run, corpus: data.Corpus, label: np.ndarray, live: np.ndarray,
             for n in PGD:
                 kl = []
                 for _ in range(STARTS):
-                    r = adversarial_sources(part, x, target_output, g, n, generator)
+                    r = adversarial_sources(part.decomposition, x, target_output, g, n, generator)
                     with torch.no_grad():
                         kl.append(reconstruction(part.decomposition, x, target_output, g, r))
                     bar.update(n)

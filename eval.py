@@ -14,6 +14,7 @@ Left out: probes of particular behaviours; any number that needs more than one r
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,15 +104,18 @@ def masks(mode: str, g: Tensor, L: int, generator: torch.Generator) -> Tensor:
     return torch.cat((m, no_Delta), -1)
 
 
-def adversarial_sources(run: Run, x: Tensor, target_output: Tensor, g: Tensor, n_steps: int, generator: torch.Generator) -> Tensor:
-    """Sources r [1, 1, 1, C + L] that one batch shares, after n_steps of sign ascent on the KL from r ~ U(0, 1).
+def adversarial_sources(
+    decomposition: Decomposition, x: Tensor, target_output: Tensor, g: Tensor, n_steps: int, generator: torch.Generator,
+    divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
+) -> Tensor:  # fmt: skip
+    """Sources r [1, 1, 1, C + L] that one batch shares, after n_steps of sign ascent on the divergence from r ~ U(0, 1).
 
     Steps of 2 / n_steps, clamped to [0, 1]: each source can cross its range twice (published: 20 steps of 0.1).
     """
-    r = sample_sources((1, 1, 1, g.shape[-1] + run.decomposition.L), generator)
+    r = sample_sources((*[1] * g.dim(), g.shape[-1] + decomposition.L), generator)
     for _ in range(n_steps):
         r.requires_grad_()
-        (grad_r,) = torch.autograd.grad(reconstruction(run.decomposition, x, target_output, g, r, frozen=True), r)
+        (grad_r,) = torch.autograd.grad(reconstruction(decomposition, x, target_output, g, r, None, divergence, frozen=True), r)
         r = (r.detach() + 2 / n_steps * grad_r.sign()).clamp(0, 1)
     return r
 
@@ -182,7 +186,7 @@ def evaluate(run: Run, corpus: data.Corpus, config: Config) -> tuple[dict, dict[
                 row[f"hidden_mse:{mode}"] = hidden_mse(decomposition, x, m)
             bar.update()
         for n in PGD_STEPS:
-            r = adversarial_sources(run, x, target_output, g, n, generator)
+            r = adversarial_sources(run.decomposition, x, target_output, g, n, generator)
             with torch.no_grad():
                 row[f"kl:adversarial_{n}"] = reconstruction(decomposition, x, target_output, g, r)
             bar.update(n)

@@ -43,8 +43,11 @@ from model import GPT, GPTConfig, generate
 # A. What every script here shares
 
 
-def run_script(main: Callable[[Any], None], Config: type, doc: str | None) -> None:
-    """Read the flags, run `main`; a user's mistake (ValueError, OSError) ends with one line on stderr and exit code 1."""
+def run_script(main: Callable[[Any], None], Config: type, doc: str | None, defaults: Callable[[], Any] | None = None) -> None:
+    """Read the flags, run `main`; a user's mistake (ValueError, OSError) ends with one line on stderr and exit code 1.
+
+    defaults: gives the Config that the flags change, where its defaults depend on the command line itself.
+    """
     import tyro
 
     # Flag conversion off: booleans are written --compile=False, never --no-compile.
@@ -53,12 +56,13 @@ def run_script(main: Callable[[Any], None], Config: type, doc: str | None) -> No
     try:
         try:
             with contextlib.redirect_stderr(said):
-                config, unknown = tyro.cli(Config, description=doc, config=style, use_underscores=True, return_unknown_args=True)
+                start = {"default": defaults()} if defaults else {}
+                config, unknown = tyro.cli(Config, description=doc, config=style, use_underscores=True, return_unknown_args=True, **start)
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
             box = [line.strip("\u2502 ") for line in said.getvalue().splitlines()[1:]]  # its first paragraph says what is wrong
-            text = " ".join(itertools.takewhile(lambda line: not line.startswith("\u2500"), box))
+            text = " ".join(itertools.takewhile(lambda line: not line.startswith(("\u2500", "\u2570")), box))
             raise ValueError(f"{text}; --help lists the flags") from stop
         if unknown:
             flags = ["--" + field.name for field in fields(Config)]

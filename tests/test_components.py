@@ -72,7 +72,7 @@ def test_single_components_are_subcomponents(case):
     single = Components(run, torch.arange(52))
     target_output, g = single.importances(x)
     assert torch.equal(g, run.g)
-    r = [adversarial_sources(of, x, target_output, g, 3, torch.Generator().manual_seed(0)) for of in (run, single)]
+    r = [adversarial_sources(of.decomposition, x, target_output, g, 3, torch.Generator().manual_seed(0)) for of in (run, single)]
     assert torch.equal(*r)
 
 
@@ -80,7 +80,7 @@ def test_the_adversary_has_one_source_a_component_and_gets_what_it_climbs(case):
     run, x, label = case
     parts = Components(run, label)
     target_output, g = parts.importances(x)
-    r = adversarial_sources(parts, x, target_output, g, 8, torch.Generator().manual_seed(0))
+    r = adversarial_sources(parts.decomposition, x, target_output, g, 8, torch.Generator().manual_seed(0))
     start = losses.sample_sources((1, 1, 1, 10 + 12), torch.Generator().manual_seed(0))
     assert r.shape == start.shape
     kl = [losses.reconstruction(parts, x, target_output, g, of).item() for of in (start, r)]

@@ -1,0 +1,293 @@
+"""toy.py and toy_targets.py: each check is shown a right answer and wrong ones; one toy runs end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import losses
+import toy
+import toy_targets
+from ci_fn import CIMLPs, CISharedMLP
+from model import Decomposition
+from toy import Config, column_match, dense_error, identity_error, matrix_cosine, n_live, n_shared, permute_identity, preset
+from toy_targets import TMS, TOYS, InductionHead, PingPong, ResidMLP
+
+ROOT = Path(toy.__file__).parent
+EYE = torch.eye(3)
+
+
+def wide(g: torch.Tensor, C: int) -> torch.Tensor:
+    """g [n, k] with columns of zeros up to C."""
+    return torch.nn.functional.pad(g, (0, C - g.shape[1]))
+
+
+# What a check must say of each kind of answer: 3 features, g [3 probes, C].
+ANSWERS = {
+    "right": (wide(EYE, 5)[:, [3, 0, 4, 1, 2]], 0),  # permuted
+    "split": (torch.cat((EYE, EYE), 1), 3),  # every feature on two subcomponents
+    "one split": (torch.cat((EYE, EYE[:, :1], torch.zeros(3, 1)), 1), 1),
+    "shared": (wide(torch.tensor([[1.0, 0], [1, 0], [0, 1]]), 5), 2),  # one off the diagonal, one diagonal dark
+    "dead": (wide(EYE[:, :2], 5), 1),
+    "all dead": (torch.zeros(3, 5), 3),
+    "all on": (torch.ones(3, 5), 12),
+    "weak": (0.8 * EYE, 3),
+    "fewer subcomponents than features": (EYE[:, :2], 1),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_identity_error_says_what_is_wrong(kind):
+    g, error = ANSWERS[kind]
+    assert identity_error(g) == error
+
+
+def test_identity_error_at_a_wider_tolerance():
+    assert identity_error(0.8 * EYE, tol=0.2) == 0
+
+
+def test_permute_identity_only_moves_columns():
+    g = torch.rand(4, 7, generator=torch.Generator().manual_seed(0))
+    moved = permute_identity(g)
+    assert sorted(map(tuple, moved.T.tolist())) == sorted(map(tuple, g.T.tolist()))
+    assert moved.diagonal().sum() >= g.diagonal().sum()
+
+
+def test_dense_error():
+    full = torch.zeros(5, 20)
+    full[:, [4, 11]] = 1
+    assert dense_error(full, 2) == 0
+    five = torch.zeros(5, 20)
+    five[:, :5] = 1
+    assert dense_error(five, 2) == 15  # three columns too many on five probes
+    single_rows = torch.zeros(5, 20)
+    single_rows[0, 0] = single_rows[1, 1] = 1
+    assert dense_error(single_rows, 2) == 2  # lit, but not dense
+    assert dense_error(torch.zeros(5, 20), 2) == 2
+    assert dense_error(0.8 * full, 2) == 2
+
+
+def test_live_and_shared_counts():
+    assert [n_live(ANSWERS[kind][0]) for kind in ("right", "split", "shared", "dead")] == [3, 6, 2, 2]
+    assert [n_shared(ANSWERS[kind][0]) for kind in ("right", "split", "shared", "all on")] == [0, 0, 1, 5]
+
+
+@pytest.fixture
+def W():
+    """Five columns 72 degrees apart, as TMS 5-2 learns them."""
+    angle = torch.arange(5) * 2 * torch.pi / 5
+    return 1.13 * torch.stack((angle.cos(), angle.sin()))
+
+
+def test_match_of_a_right_answer(W):
+    assert column_match(W, torch.eye(5), W) == pytest.approx((1, 1), abs=1e-6)
+    flipped = column_match(-2 * W, -0.5 * torch.eye(5), W)  # scale and sign are free between U and V
+    assert flipped == pytest.approx((1, 1), abs=1e-6)
+    assert matrix_cosine(-2 * W, -0.5 * torch.eye(5), (W, torch.eye(5))) == pytest.approx(1, abs=1e-6)
+
+
+def test_match_of_a_split_answer_shows_in_the_lengths_alone(W):
+    U, V = torch.cat((W, W), 1), torch.cat((torch.eye(5), torch.eye(5)), 1) / 2
+    assert column_match(U, V, W) == pytest.approx((1, 0.5), abs=1e-6)
+    assert matrix_cosine(U, V, (W, torch.eye(5))) == pytest.approx(1, abs=1e-6)
+
+
+def test_match_of_contaminated_V_shows_in_the_whole_matrix_alone(W):
+    V = torch.eye(5)
+    V[1, 0] = 0.5
+    assert column_match(W, V, W) == pytest.approx((1, 1), abs=1e-6)
+    assert matrix_cosine(W, V, (W, torch.eye(5))) == pytest.approx((4 + 1 / 1.25**0.5) / 5, abs=1e-6)
+
+
+def test_match_of_an_svd(W):
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    mmcs, _ = column_match(U * S, Vh.T, W)
+    assert mmcs < 0.95
+    assert matrix_cosine(U * S, Vh.T, (W, torch.eye(5))) < 0.7
+
+
+def test_match_of_a_missing_feature(W):
+    mmcs, ml2r = column_match(W[:, :4], torch.eye(5)[:, :4], W)
+    assert mmcs < 0.81 and ml2r < 0.81  # 4 of 5 columns
+    assert matrix_cosine(W[:, :4], torch.eye(5)[:, :4], (W, torch.eye(5))) == pytest.approx(0.8, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+TARGETS = {
+    "tms": lambda: TMS(5, 2, identity=False),
+    "tms-id": lambda: TMS(5, 2, identity=True),
+    "resid": lambda: ResidMLP(6, 2, 4, d=30),
+    "ping_pong": PingPong,
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_canonical_pieces_are_the_target(kind):
+    """They sum to W, up to what no input of the target can see, so that leaving Delta out changes nothing."""
+    torch.manual_seed(0)
+    target = TARGETS[kind]()
+    x = target.batch(64, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        decomposition, g = toy.canonical_decomposition(target, x)
+        unmasked = torch.cat((torch.ones_like(g), torch.zeros(64, decomposition.L)), -1)
+        assert g.shape == (64, sum(decomposition.C.values()))
+        if kind != "resid":  # its later layers read what mlp_out wrote outside of the features' span
+            torch.testing.assert_close(decomposition(x, unmasked), target(x), atol=1e-5, rtol=0)
+    pieces = target.canonical()
+    assert {name: U.shape[1] for name, (U, V) in pieces.items()} == {name: n for name, (_, n) in target.importance.items()}
+
+
+def test_ping_pong_circuits_are_independent():
+    """With importance 1 exactly where a circuit is at work nothing is lost, whatever the masks: canonical MSE 0."""
+    target = PingPong()
+    x = target.batch(512, torch.Generator().manual_seed(0))
+    decomposition, g = toy.canonical_decomposition(target, x)
+    assert toy.stochastic_mse(decomposition, x, g, torch.Generator().manual_seed(1)) < 1e-12
+    assert torch.linalg.matrix_rank(target.circuits.weight) == 2  # 16 circuits
+    wrong = torch.zeros_like(g)
+    assert toy.stochastic_mse(decomposition, x, wrong, torch.Generator().manual_seed(1)) > 1e-3
+
+
+def test_the_canonical_band_of_tms():
+    """Close to what was worked out for canonical pieces of a trained TMS 5-2: 2.7e-4, and 1e-2 without importances."""
+    target = toy_targets.train(TOYS["tms_5-2"], 0, torch.device("cpu"))
+    x = target.batch(20_000, torch.Generator().manual_seed(0))
+    decomposition, g = toy.canonical_decomposition(target, x)
+    assert toy.stochastic_mse(decomposition, x, g, torch.Generator().manual_seed(1)) == pytest.approx(2.7e-4, rel=0.25)
+    assert toy.stochastic_mse(decomposition, x, torch.zeros_like(g), torch.Generator().manual_seed(1)) == pytest.approx(1.2e-2, rel=0.25)
+    with torch.no_grad():
+        assert target.loss(x).item() == pytest.approx(0.00178, rel=0.1)
+        assert target.linear1.weight.norm(dim=0) == pytest.approx(torch.full((5,), 1.13), abs=0.02)
+    assert target.linear2.weight.data_ptr() == target.linear1.weight.data_ptr()  # tied
+
+
+def test_induction_batches():
+    target = InductionHead()
+    x = target.batch(200, torch.Generator().manual_seed(0))
+    first = target.first(x)
+    assert x.shape == (200, 64) and (x[:, 0] == 0).all() and (x[:, -1] == 129).all()
+    assert ((x == 129).sum(1) == 2).all() and first.min() >= 2 and first.max() <= 61
+    for row, at, m in zip(x.tolist(), first.tolist(), target.memory(x).tolist()):
+        assert row[at] == 129 and row[at + 1] == m and 1 <= m <= 128
+    assert target(x).shape == (200, 130)
+
+
+def test_induction_attention_is_causal():
+    target = InductionHead()
+    x = target.batch(3, torch.Generator().manual_seed(0))
+    patterns = []
+    target.layers[0].pattern.register_forward_hook(lambda module, args, out: patterns.append(out))
+    target(x)
+    assert patterns[0].triu(1).abs().max() == 0
+    torch.testing.assert_close(patterns[0].sum(-1), torch.ones(3, 64))
+
+
+def test_sparse_features():
+    x = toy_targets.sparse_features((20_000, 4), 0.05, -1.0, torch.Generator().manual_seed(0))
+    assert (x != 0).float().mean().item() == pytest.approx(0.05, abs=0.005)
+    on = x[x != 0]
+    assert -1 <= on.min() < -0.95 and 0.95 < on.max() <= 1 and on.mean().abs() < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_ci_mlps_look_at_one_subcomponent_each():
+    V = [torch.randn(4, 3, requires_grad=True), torch.randn(6, 2, requires_grad=True)]
+    torch.manual_seed(0)
+    ci_fn = CIMLPs(V, hidden=5)
+    inputs = [torch.randn(7, 4), torch.randn(7, 6)]
+    z = ci_fn(inputs)
+    assert z.shape == (7, 5)
+    z[:, 4].sum().backward()
+    assert V[0].grad is None or not V[0].grad.any()
+    assert V[1].grad[:, 1].any() and not V[1].grad[:, 0].any()
+    assert len([*ci_fn.parameters()]) == 4  # V stay the decomposition's
+    a = inputs[1] @ V[1][:, 1]  # the last one by hand
+    by_hand = torch.nn.functional.gelu(a[:, None] * ci_fn.w_in[4] + ci_fn.b_in[4]) @ ci_fn.w_out[4] + ci_fn.b_out[4]
+    torch.testing.assert_close(z[:, 4], by_hand)
+
+
+def test_ci_shared_mlp_sees_all_layers():
+    torch.manual_seed(0)
+    ci_fn = CISharedMLP([4, 6], C=5, hidden=(8, 7))
+    inputs = [torch.randn(3, 2, 4, requires_grad=True), torch.randn(3, 2, 6, requires_grad=True)]
+    z = ci_fn(inputs)
+    assert z.shape == (3, 2, 5)
+    z[..., 0].sum().backward()
+    assert all(x.grad.any() for x in inputs)
+    assert [(layer.in_features, layer.out_features) for layer in ci_fn.layers] == [(10, 8), (8, 7), (7, 5)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_contradictions_are_refused_with_both_names():
+    with pytest.raises(ValueError, match="method=spd contradicts beta_adv=0.5"):
+        Config(toy="tms_5-2", method="spd", beta_adv=0.5, beta_freq=0.0)
+    with pytest.raises(ValueError, match="method=spd contradicts beta_freq=0.1"):
+        Config(toy="tms_5-2", method="spd", beta_adv=0.0, beta_freq=0.1)
+    with pytest.raises(ValueError, match="ci=transformer contradicts toy=tms_5-2"):
+        Config(toy="tms_5-2", ci="transformer")
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["nosuch"], "unknown toy 'nosuch': there are tms_5-2, tms_5-2-id"),
+    (["tms_5-2", "--method=spd", "--beta_adv=0.5"], "method=spd contradicts beta_adv=0.5"),
+    (["--steps=3", "resid_mlp1"], "resid_mlp1: the name of the toy comes first"),
+    (["tms_5-2", "--C=0"], "C=0: must be above 0"),
+])  # fmt: skip
+def test_bad_flags_end_with_one_line(flags, said, tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "toy.py", *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode != 0 and said in run.stderr and len(run.stderr.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["vpd", "spd"])
+@pytest.mark.parametrize("name", TOYS)
+def test_every_toy_has_presets_and_steps(name, method):
+    """Two steps of every toy with its own settings at a small size: finite losses, one Decomposition and step for all."""
+    config = toy.dataclasses.replace(preset(name, method), B=4, steps=2, faith_steps=2, C=6)
+    torch.manual_seed(0)
+    target = TOYS[name].make()
+    vpd = toy.decompose(config, target, torch.device("cpu"))
+    assert isinstance(vpd, toy.VPD) and isinstance(vpd.decomposition, Decomposition) and vpd.step == 2
+    g = toy.importances(vpd, target.batch(5, torch.Generator().manual_seed(0)))
+    assert g.shape[-1] == sum(vpd.decomposition.C.values()) and g.isfinite().all() and 0 <= g.min() and g.max() <= 1
+    assert (vpd.divergence is losses.kl_divergence) == (name == "induction")
+    assert ("adversarial" in vpd.train_step(target.batch(4, torch.Generator().manual_seed(1)))) == (method == "vpd")
+
+
+def test_the_induction_table():
+    torch.manual_seed(0)
+    config = toy.dataclasses.replace(preset("induction", "vpd"), B=4, steps=1, faith_steps=1, C=3)
+    vpd = toy.decompose(config, InductionHead(), torch.device("cpu"))
+    ablations = toy.induction_ablations(vpd, seed=0, rows=16)
+    assert {f"without layers.{l}.{w}" for l in (0, 1) for w in "qkvo"} <= set(ablations)
+    assert all(0 <= value <= 1 for row in ablations.values() for value in row)
+    assert not vpd.decomposition.target.layers[0].pattern._forward_hooks  # nothing stays behind
+    assert "last S attends to m" in toy.ablation_table(ablations)
+
+
+@pytest.mark.slow
+def test_tms_5_2_end_to_end(tmp_path):
+    """The command of the README recovers the mechanisms exactly."""
+    run = subprocess.run([sys.executable, ROOT / "toy.py", "tms_5-2", "--device=cpu"], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    folder = tmp_path / "out" / "toy-tms_5-2-vpd-0"
+    checks = {(c["name"], c["matrix"]): c for c in json.loads((folder / "metrics.json").read_text())["checks"]}
+    assert checks["MMCS of columns", "linear1"]["value"] >= 0.999
+    assert 0.96 <= checks["ML2R of columns", "linear1"]["value"] <= 1.02
+    assert checks["whole-matrix cosine", "linear1"]["value"] >= 0.99
+    for matrix in ("linear1", "linear2"):
+        assert checks["permuted-CI error", matrix]["value"] == 0
+        assert checks["live", matrix]["value"] == 5
+        assert 0.15 <= checks["L0 on data", matrix]["value"] <= 0.28
+    assert 1e-4 <= checks["MSE stochastic", ""]["value"] <= 1e-3
+    assert all(c["ok"] is not False for c in checks.values())
+    assert (folder / "toy.png").stat().st_size > 10_000 and (folder / "checkpoint.pt").exists() and "15 of 15 checks pass" in run.stdout
