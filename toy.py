@@ -54,20 +54,31 @@ SHARED = dict(
 # steeper), a quick rate and a Gamma that starts on different features for each subcomponent keep them apart; see README.md.
 TMS_SMALL = dict(C=50, B=256, lr=1e-2, beta_adv=0.1, beta_imp=1e-4, beta_freq=1e-3, ci_spread=20.0, ci_bias=-1.0)
 TMS_LARGE = dict(C=200, B=256, lr=3e-3, beta_adv=0.5, beta_imp=1e-5, beta_freq=2e-4, restarts=3)
-RESID = dict(C=200, B=512, lr=3e-3, beta_adv=0.5, beta_imp=3e-5, beta_freq=1e-5, hidden=256)
+RESID = dict(C=150, B=256, lr=3e-3, beta_adv=0.5, beta_imp=1e-4, beta_freq=1e-5, p_end=0.7, hidden=256)
 VPD_PRESETS = {
     "tms_5-2": TMS_SMALL,
     "tms_5-2-id": TMS_SMALL | dict(lr=2e-2, beta_adv=0.2, restarts=3),
     "tms_40-10": TMS_LARGE,
-    "tms_40-10-id": TMS_LARGE,
+    "tms_40-10-id": TMS_LARGE | dict(B=512, beta_imp=2e-4, beta_freq=5e-5, p_end=0.7),
     "resid_mlp1": RESID,
     "resid_mlp2": RESID,
     "resid_mlp3": RESID,
     "ping_pong": dict(C=200, B=64, lr=3e-3, beta_adv=0.5, beta_imp=1e-5, beta_freq=1e-3, ci_spread=10.0, ci_bias=-1.5, U_scale=3.0, restarts=3),
     "induction": dict(C=32, B=64, lr=3e-3, beta_adv=0.5, beta_imp=1e-3, beta_freq=1e-4, ci="transformer"),
 }
-# The predecessor: the same with neither term, an MLP for each subcomponent, and the importance coefficients of its authors.
-SPD = dict(restarts=1, U_scale=1.0, beta_adv=0.0, beta_freq=0.0, ci="mlp", hidden=16, p_start=1.0, p_end=1.0, ci_spread=1.0, ci_bias=0.0)
+# The predecessor with its authors' importance coefficient, p, C and learning rate, at a smaller batch: theirs is 1024 to 4096.
+SPD = dict(B=1024, steps=10_000, beta_adv=0.0, beta_freq=0.0, ci="mlp", hidden=16, U_scale=1.0, restarts=1)
+SPD_PRESETS = {
+    "tms_5-2": dict(C=20, lr=1e-3, beta_imp=3e-3, p_start=1.0, p_end=1.0),
+    "tms_5-2-id": dict(C=20, lr=1e-3, beta_imp=3e-3, p_start=1.0, p_end=1.0),
+    "tms_40-10": dict(C=200, lr=1e-3, beta_imp=1e-4, p_start=2.0, p_end=2.0),
+    "tms_40-10-id": dict(C=200, lr=1e-3, beta_imp=1e-4, p_start=2.0, p_end=2.0),
+    "resid_mlp1": dict(C=100, lr=2e-3, beta_imp=1e-5, p_start=2.0, p_end=2.0),
+    "resid_mlp2": dict(C=400, lr=1e-3, beta_imp=1e-5, p_start=2.0, p_end=2.0),
+    "resid_mlp3": dict(C=500, lr=1e-3, beta_imp=5e-6, p_start=2.0, p_end=2.0, hidden=128),
+    "ping_pong": dict(C=200, lr=3e-3, beta_imp=3e-3, p_start=1.0, p_end=1.0),  # not theirs
+    "induction": dict(C=32, lr=1e-3, beta_imp=1e-2, p_start=1.0, p_end=1.0, B=64),  # theirs is stale
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Config(Method):
 
 def preset(toy: str, method: Literal["vpd", "spd"]) -> Config:
     """The settings that a toy is decomposed with. ValueError for an unknown name."""
-    given = VPD_PRESETS.get(toy, {}) | (SPD if method == "spd" else {})
+    given = VPD_PRESETS.get(toy, {}) | (SPD | SPD_PRESETS.get(toy, {}) if method == "spd" else {})
     return Config(toy=toy, method=method, **(SHARED | given))
 
 
@@ -293,7 +304,7 @@ def by_matrix(decomposition: Decomposition, g: Tensor) -> tuple[Tensor, ...]:
     return g.split([*decomposition.C.values()], dim=-1)
 
 
-def induction_ablations(vpd: VPD, seed: int, rows: int = 2048) -> dict[str, tuple[float, float, float]]:
+def induction_ablations(vpd: VPD, seed: int, rows: int = 512) -> dict[str, tuple[float, float, float]]:
     """What is left of the induction circuit without some subcomponents: {what: (accuracy, previous, induction)}.
 
     previous: layer 0's attention from m to the S before it. induction: layer 1's attention from the last S to m. Everything else is
