@@ -173,6 +173,11 @@ class Corpus:
     def vocab_size(self) -> int:
         return self.encoding.n_vocab
 
+    def digest(self) -> str:
+        """A hash of the token counts and of both ends of each split: a resumed run must have the tokens that it began with."""
+        ends = [part.tobytes() for tokens in self.tokens.values() for part in (tokens[:500_000], tokens[-500_000:])]
+        return hashlib.sha256(b"".join([repr([len(t) for t in self.tokens.values()]).encode(), *ends])).hexdigest()[:16]
+
     def batch(self, split: str, step: int, B: int, T: int, seed: int = 0) -> Tensor:
         """B random windows of T + 1 tokens, int64 [B, T + 1]: a function of (seed, split, step) alone.
 

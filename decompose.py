@@ -2,7 +2,7 @@
 
     python decompose.py                            # the standard library's source text, under 10 minutes on 2 CPU cores
     python decompose.py --beta_adv=0               # without the adversary: the paper's central claim, in one command
-    python decompose.py --resume=out/vpd-stdlib    # go on after Ctrl-C
+    python decompose.py --resume=out/vpd-stdlib    # go on after Ctrl-C, a crash or a power cut
 
 Trains the target first if there is none. Writes a run folder with config.json, metrics.jsonl (a line a logged step),
 checkpoint.pt, and, through eval.py, metrics.json, figures/ and generations.txt.
@@ -14,8 +14,6 @@ checkpoint.pt, and, through eval.py, metrics.json, figures/ and generations.txt.
 Left out: more than one process, mixed datasets, early stopping.
 """
 
-import dataclasses
-import json
 import math
 import sys
 import time
@@ -34,7 +32,8 @@ import train_target
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 from model import Decomposition
 from train_target import (
-    autocast, build_target, check_vocabulary, cosine, interruptible, load_checkpoint, log_line, pick_device, progress_bar, read_log, run_script, save, write_config, written,
+    autocast, build_target, check_resumable, check_unchanged, check_vocabulary, cosine, cut_log, interruptible, load_checkpoint, log_line, pick_device,
+    progress_bar, resumed_settings, run_script, save, write_config,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +94,7 @@ class Config(Method):
     data_dir: str = "data"  # where token files are kept
     target: str = ""  # run folder of train_target.py; default out/target-<dataset>, trained first if it is not there
     out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
-    resume: str = ""  # run folder of an interrupted run to go on with; every other flag is then read from it
+    resume: str = ""  # run folder of an unfinished run to go on with; settings not given are read from it
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU, or for a long run on a CPU, where a compiler works
     T: int = 64  # tokens a sequence
     # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts
@@ -115,6 +114,15 @@ class Config(Method):
         require(self, "above 0", "d_ci", "n_head_ci", "d_mlp_ci", "T", "log_every", "save_every", "eval_windows")
         require(self, "0 or above", "n_layer_ci")
         parse_C(self.C)
+
+    def defaults(self) -> "Config":
+        """What flags are put on top of: the settings of the run to resume, or those above."""
+        return resumed_settings(Path(self.resume), "checkpoint.pt", "decomposition", Config) if self.resume else Config()
+
+
+# Settings that may change when a run is resumed. `steps` is one of them, but not without effect: p and the learning rates are
+# from then on those of a run of the new length. The device is checked apart.
+MAY_CHANGE = ("steps", "log_every", "save_every", "eval_windows", "data_dir", "device", "resume")
 
 
 def parse_C(text: str) -> dict[str, int]:
@@ -291,7 +299,8 @@ def target_of(config: Config, corpus: data.Corpus) -> dict:
     """The checkpoint of the target to decompose, which is trained first if there is none. ValueError if it does not fit."""
     folder = Path(config.target or f"out/target-{corpus.name}")
     if not config.target and not (folder / "checkpoint.pt").exists():
-        train_target.main(train_target.Config(dataset=config.dataset, data_dir=config.data_dir, device=config.device, T=config.T))
+        unfinished = str(folder) if (folder / "state.pt").exists() else ""
+        train_target.main(train_target.Config(dataset=config.dataset, data_dir=config.data_dir, device=config.device, T=config.T, resume=unfinished))
     checkpoint = load_checkpoint(folder / "checkpoint.pt", "target")
     context = checkpoint["gpt"]["context"]
     if config.T > context:
@@ -313,18 +322,17 @@ def build(config: Config, target_checkpoint: dict, device: torch.device) -> tupl
 def main(config: Config) -> None:
     resumed = None
     if config.resume:
-        resumed = load_checkpoint(Path(config.resume) / "checkpoint.pt", "decomposition")
-        if dataclasses.replace(config, resume="") != Config():
-            raise ValueError(f"resume={config.resume} goes on with that run's own settings: leave out the other flags")
-        folder, config = Path(config.resume), Config(**resumed["config"])
+        folder = Path(config.resume)
+        check_unchanged(config, config.defaults(), MAY_CHANGE)
+        if (folder / "checkpoint.pt").exists():  # otherwise it ended before its first save, and begins anew
+            resumed = load_checkpoint(folder / "checkpoint.pt", "decomposition")
     elif config.out and (Path(config.out) / "checkpoint.pt").exists():
         raise ValueError(f"out={config.out} already holds a checkpoint: give another folder, or go on with --resume={config.out}")
     device = pick_device(config.device)
-    if resumed and resumed["device"] != device.type:
-        raise ValueError(f"resume={folder}: that run was on {resumed['device']}, and its random numbers cannot go on on {device.type}")
     corpus = data.load(config.dataset, config.data_dir)
     if resumed:
         check_vocabulary(folder, resumed["target"], corpus)
+        check_resumable(config, resumed | {"step": resumed["vpd"]["step"]}, corpus, device)
     for split in ("train", "val"):
         corpus.batch(split, 0, 1, config.T)  # too short a text ends here
     target_checkpoint = resumed["target"] if resumed else target_of(config, corpus)
@@ -334,22 +342,20 @@ def main(config: Config) -> None:
     sizes = ", ".join(f"{name} {sum(p.numel() for p in ps):,} parameters" for name, ps in n_parameters.items())
     print(f"decompose: {vpd.decomposition.L} matrices into {gamma['C']:,} subcomponents; {sizes}; on {device}")
 
+    if not config.resume:
+        folder = Path(config.out) if config.out else free_folder(Path(f"out/vpd-{corpus.name}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, config, device)
     if resumed:
         vpd.load_state_dict(resumed["vpd"])
-        rows = read_log(folder, vpd.step)
-        with written(folder / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
-        folder = Path(config.out) if config.out else free_folder(Path(f"out/vpd-{corpus.name}"))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        write_config(folder, config, device)
         print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps; run folder {folder}")
+    cut_log(folder, vpd.step)
 
     def save_run() -> None:
         if not all(p.isfinite().all() for p in [*vpd.decomposition.subcomponents(), *vpd.ci_fn.parameters()]):
             raise ValueError(f"U, V or Gamma is not finite after step {vpd.step - 1}: try a smaller lr than {config.lr}; {folder} keeps what was saved before")
-        run = {"kind": "decomposition", "config": asdict(config), "device": device.type, "target": target_checkpoint, "C": vpd.decomposition.C, "ci_fn": gamma}
+        run = {"kind": "decomposition", "config": asdict(config), "device": device.type, "corpus": corpus.digest(), "target": target_checkpoint, "C": vpd.decomposition.C, "ci_fn": gamma}
         save(folder / "checkpoint.pt", run | {"vpd": vpd.state_dict(), "seconds": time.time() - began})
 
     with interruptible() as interrupted:

@@ -2,10 +2,12 @@
 decomposed").
 
     python train_target.py             # the default target: under a minute on 2 CPU cores, validation CE about 3.5 nats
+    python train_target.py --resume=out/target-stdlib    # go on after Ctrl-C, a crash or a power cut
     python train_target.py --help
 
 Writes out/target-<dataset>/ with config.json, metrics.jsonl (validation CE against tokens, from which eval.py reads how
-much pretraining compute a decomposition recovers), checkpoint.pt and sample.txt. decompose.py calls this by itself.
+much pretraining compute a decomposition recovers), state.pt while it trains, sample.txt, and checkpoint.pt at the end.
+decompose.py calls this by itself.
 
   A. What every script here shares: the command line, the device, the run folder, the learning rate
   B. Settings
@@ -54,10 +56,15 @@ def run_script(main: Callable[[Any], None], Config: type, doc: str | None, defau
     style = (tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs)
     said = io.StringIO()
     try:
-        try:
+
+        def parse(**default) -> tuple[Any, list[str]]:
             with contextlib.redirect_stderr(said):
-                start = {"default": defaults()} if defaults else {}
-                config, unknown = tyro.cli(Config, description=doc, config=style, use_underscores=True, return_unknown_args=True, **start)
+                return tyro.cli(Config, description=doc, config=style, use_underscores=True, return_unknown_args=True, **default)
+
+        try:
+            config, unknown = parse(**({"default": defaults()} if defaults else {}))
+            if hasattr(config, "defaults"):  # the flags go on top of the settings of the run that is resumed
+                config, unknown = parse(default=config.defaults())
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
@@ -103,13 +110,24 @@ def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.1) -> fl
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def settle(path: Path) -> None:
+    """Wait until the file, or the list of names in a folder, is on the disk and would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` when the block ends well: what was there before stays whole."""
+    """A temporary path to write to, renamed to `path` when the block ends well: at every moment `path` is whole, old or new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        settle(temporary)  # before the rename, or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
+        settle(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -123,7 +141,7 @@ def save(path: Path, checkpoint: dict) -> None:
         raise OSError(f"cannot save {path} ({str(error).splitlines()[0]}); an earlier {path.name} there is still whole") from error
 
 
-def load_checkpoint(path: Path, kind: Literal["target", "decomposition"]) -> dict:
+def load_checkpoint(path: Path, kind: Literal["target", "target in training", "decomposition"]) -> dict:
     """A checkpoint of train_target.py or decompose.py. FileNotFoundError, or ValueError for a broken or foreign file."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"run folder {str(path.parent)!r} does not exist")
@@ -140,20 +158,47 @@ def load_checkpoint(path: Path, kind: Literal["target", "decomposition"]) -> dic
 
 
 def write_config(folder: Path, config: Any, device: torch.device) -> None:
-    """config.json: every setting, the command, versions, and the device by its name."""
+    """config.json: every setting, the command, versions, and the hardware by its name."""
     about = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in ("torch", "numpy", "tiktoken")},
     }
     with written(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(asdict(config) | about, indent=2) + "\n")
 
 
+def resumed_settings(folder: Path, file: str, kind: Literal["target in training", "decomposition"], Config: type) -> Any:
+    """The settings of the run to go on with: from its last save, or, if it ended before the first, from config.json."""
+    if not (folder / file).exists() and (folder / "config.json").exists():
+        saved = json.loads((folder / "config.json").read_text())
+    else:
+        saved = load_checkpoint(folder / file, kind)["config"]
+    values = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
+    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()} | {"resume": str(folder)})
+
+
+def check_unchanged(config: Any, saved: Any, may_change: tuple[str, ...]) -> None:
+    """ValueError if a setting other than these differs from the saved run's, as it would be neither run then."""
+    for name, value in asdict(saved).items():
+        now = getattr(config, name)
+        if now != value and name not in may_change:
+            raise ValueError(f"{name}={now}: the run in {config.resume} has {name}={value}, and on resuming only {', '.join(may_change)} may change")
+
+
 def log_line(folder: Path, row: dict[str, float]) -> None:
-    """Append one flat object to metrics.jsonl."""
+    """Append one flat object to metrics.jsonl. It is on the disk before any checkpoint that counts it as written."""
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_log(folder: Path, steps: int) -> None:
+    """Leave in metrics.jsonl the rows before `steps`, those that the checkpoint knows of."""
+    rows = read_log(folder, steps) if (folder / "metrics.jsonl").exists() else []
+    with written(folder / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_log(folder: Path, steps: float = math.inf) -> list[dict[str, float]]:
@@ -167,20 +212,24 @@ def read_log(folder: Path, steps: float = math.inf) -> list[dict[str, float]]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C only makes the function it gives return True, so that a step is never cut in half; a second one raises."""
+    """Inside, Ctrl-C or SIGTERM only makes the function it gives return True, so that a step is never cut in half.
+
+    A second Ctrl-C raises.
+    """
     hit = False
 
     def on_signal(number, frame):
         nonlocal hit
-        if hit:
+        if hit and number == signal.SIGINT:
             raise KeyboardInterrupt
         hit = True
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: hit
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def progress_bar(start: int, steps: int, name: str) -> tqdm:
@@ -197,6 +246,7 @@ class Config:
     dataset: str = "stdlib"  # 'stdlib', or the path of a .txt, .jsonl or .parquet file or of a folder of them
     data_dir: str = "data"  # where token files are kept
     out: str = ""  # run folder; default out/target-<dataset>
+    resume: str = ""  # run folder of an unfinished run to go on with; settings not given are read from it
     seed: int = 0  # of initialisation and batches
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     # The model
@@ -215,15 +265,25 @@ class Config:
     # Validation
     val_every: int = 50  # steps
     val_windows: int = 64  # sequences of T tokens
+    save_every: int = 500  # steps
 
     def __post_init__(self) -> None:
-        for name in ("T", "steps", "B", "val_every", "val_windows"):
+        for name in ("T", "steps", "B", "val_every", "val_windows", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr}: must be above 0")
+
+    def defaults(self) -> "Config":
+        """What flags are put on top of: the settings of the run to resume, or those above."""
+        return resumed_settings(Path(self.resume), "state.pt", "target in training", Config) if self.resume else Config()
+
+
+# Settings that may change when a run is resumed. `steps` is one of them, but not without effect: the learning rate is from
+# then on that of a run of the new length. The device is checked apart.
+MAY_CHANGE = ("steps", "save_every", "data_dir", "device", "resume")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,51 +319,88 @@ def check_vocabulary(folder: str | Path, checkpoint: dict, corpus: data.Corpus) 
         raise ValueError(f"{folder}: its target was trained with another vocabulary than {corpus.name} has here: train a target anew, or name its dataset")
 
 
+def check_resumable(config: Any, saved: dict, corpus: data.Corpus, device: torch.device) -> None:
+    """ValueError if a saved run of either script cannot go on here: another kind of device, other tokens, too few steps."""
+    if saved["device"] != device.type:
+        raise ValueError(f"resume={config.resume}: that run was on {saved['device']}, and its numbers cannot go on on {device.type}")
+    if saved["corpus"] != corpus.digest():
+        raise ValueError(f"resume={config.resume}: the tokens of {corpus.name} are not those of that run: its text has changed")
+    if config.steps != saved["config"]["steps"]:
+        if config.steps < saved["step"]:
+            raise ValueError(f"steps={config.steps}: the run in {config.resume} has done {saved['step']} already")
+        print(f"resume: {config.steps:,} steps, not {saved['config']['steps']:,}: from step {saved['step']:,} on all schedules are those of a run of the new length")
+
+
 def main(config: Config) -> Path:
     """Train and save a target; returns its run folder."""
     began = time.time()
+    if config.resume:
+        if (Path(config.resume) / "checkpoint.pt").exists():
+            print(f"target: {config.resume} is finished")
+            return Path(config.resume)
+        check_unchanged(config, config.defaults(), MAY_CHANGE)
     device = pick_device(config.device)
     corpus = data.load(config.dataset, config.data_dir)
-    folder = Path(config.out or f"out/target-{corpus.name}")
+    folder = Path(config.resume or config.out or f"out/target-{corpus.name}")
     if (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} already holds a target: give another --out, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
-    write_config(folder, config, device)
+    if not config.resume and (folder / "state.pt").exists():
+        raise ValueError(f"{folder} holds an unfinished target: go on with --resume={folder}, give another --out, or remove it")
 
     torch.manual_seed(config.seed)
     target = GPT(GPTConfig(corpus.vocab_size, config.T, config.n_layer, config.n_head, config.d_model, config.d_mlp)).to(device)
     optimizer = torch.optim.Adam(target.parameters(), lr=config.lr, betas=config.adam_betas, fused=True)
+    first = 0
+    if config.resume and (folder / "state.pt").exists():
+        state = load_checkpoint(folder / "state.pt", "target in training")
+        check_resumable(config, state, corpus, device)
+        target.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, began = state["step"], began - state["seconds"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, config, device)
+    cut_log(folder, first + 1)  # a row is numbered by the steps done
     print(f"target: {sum(p.numel() for p in target.parameters()):,} parameters, {config.steps} steps of {config.B} x {config.T} tokens, on {device}")
 
-    bar = progress_bar(0, config.steps, "target")
-    for step in bar:
-        tokens = corpus.batch("train", step, config.B, config.T, config.seed).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * cosine(step, config.steps, config.warmup)
-        with autocast(device):
-            loss = next_token_ce(target(tokens[:, :-1]), tokens[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(target.parameters(), config.clip)
-        optimizer.step()
+    with interruptible() as interrupted:
+        bar = progress_bar(first, config.steps, "target")
+        for step in bar:
+            tokens = corpus.batch("train", step, config.B, config.T, config.seed).to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * cosine(step, config.steps, config.warmup)
+            with autocast(device):
+                loss = next_token_ce(target(tokens[:, :-1]), tokens[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(target.parameters(), config.clip)
+            optimizer.step()
 
-        if step % config.val_every == 0 or step == config.steps - 1:
-            row = {"step": step + 1, "tokens": (step + 1) * config.B * config.T, "train_ce": loss.item()}
-            row["val_ce"] = validation_ce(target, corpus, config.val_windows, device)
-            if not math.isfinite(row["train_ce"]):
-                raise ValueError(f"the training loss is {row['train_ce']} at step {step}: try a smaller lr than {config.lr}")
-            log_line(folder, row)
-            bar.set_postfix(train_ce=f"{row['train_ce']:.3f}", val_ce=f"{row['val_ce']:.3f}", refresh=False)
+            last, stop = step == config.steps - 1, interrupted()
+            if step % config.val_every == 0 or last:
+                row = {"step": step + 1, "tokens": (step + 1) * config.B * config.T, "train_ce": loss.item()}
+                row["val_ce"] = validation_ce(target, corpus, config.val_windows, device)
+                if not math.isfinite(row["train_ce"]):
+                    raise ValueError(f"the training loss is {row['train_ce']} at step {step}: try a smaller lr than {config.lr}")
+                log_line(folder, row)
+                bar.set_postfix(train_ce=f"{row['train_ce']:.3f}", val_ce=f"{row['val_ce']:.3f}", refresh=False)
+            if last or stop or (step + 1) % config.save_every == 0:
+                state = {"kind": "target in training", "config": asdict(config), "device": device.type, "corpus": corpus.digest()}
+                state |= {"model": target.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.time() - began}
+                save(folder / "state.pt", state)
+            if stop and not last:
+                bar.close()
+                print(f"interrupted after step {step}, saved: go on with\n    python train_target.py --resume={folder}")
+                sys.exit(130)
 
-    seconds = time.time() - began
-    curve = [[row["tokens"], row["val_ce"]] for row in read_log(folder)]  # eval.py reads pretraining compute recovered from it
-    checkpoint = {"kind": "target", "config": asdict(config), "gpt": asdict(target.config), "model": target.state_dict()}
-    save(folder / "checkpoint.pt", checkpoint | {"vocabulary": corpus.vocabulary, "curve": curve, "seconds": seconds})
+    seconds, row = time.time() - began, read_log(folder)[-1]
     prompt = corpus.batch("val", 0, 1, config.T)[:, : max(1, config.T // 4)].to(device)
     generator = torch.Generator(device).manual_seed(config.seed)
     sample = corpus.encoding.decode(generate(target, prompt, 2 * config.T, config.T, generator)[0].tolist())
     (folder / "sample.txt").write_text(sample, encoding="utf-8")
+    curve = [[row["tokens"], row["val_ce"]] for row in read_log(folder)]  # eval.py reads pretraining compute recovered from it
+    checkpoint = {"kind": "target", "config": asdict(config), "gpt": asdict(target.config), "model": target.state_dict()}
+    save(folder / "checkpoint.pt", checkpoint | {"vocabulary": corpus.vocabulary, "curve": curve, "seconds": seconds})
+    (folder / "state.pt").unlink(missing_ok=True)  # only now that the target is whole
     print(f"target: validation CE {row['val_ce']:.4f} nats a token after {row['tokens']:,} tokens, {seconds:.0f} s; saved in {folder}")
     print("a sample of its text:\n" + "\n".join("    | " + line for line in sample.splitlines()))
     return folder
