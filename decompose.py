@@ -90,7 +90,8 @@ def require(config: object, what: Literal["above 0", "0 or above"], *names: str)
 
 @dataclass(frozen=True)
 class Config(Method):
-    dataset: str = "stdlib"  # 'stdlib', or the path of a .txt, .jsonl or .parquet file or of a folder of them
+    dataset: str = "stdlib"  # 'stdlib', 'pile', 'simplestories', 'tinystories', 'hf:<id>[:column]', or the path of a file or folder of text
+    max_tokens: int = 0  # of the dataset, from its beginning; 0: all of it
     data_dir: str = "data"  # where token files are kept
     target: str = ""  # run folder of train_target.py; default out/target-<dataset>, trained first if it is not there
     out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
@@ -112,7 +113,7 @@ class Config(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "above 0", "d_ci", "n_head_ci", "d_mlp_ci", "T", "log_every", "save_every", "eval_windows")
-        require(self, "0 or above", "n_layer_ci")
+        require(self, "0 or above", "n_layer_ci", "max_tokens")
         parse_C(self.C)
 
     def defaults(self) -> "Config":
@@ -300,7 +301,7 @@ def target_of(config: Config, corpus: data.Corpus) -> dict:
     folder = Path(config.target or f"out/target-{corpus.name}")
     if not config.target and not (folder / "checkpoint.pt").exists():
         unfinished = str(folder) if (folder / "state.pt").exists() else ""
-        train_target.main(train_target.Config(dataset=config.dataset, data_dir=config.data_dir, device=config.device, T=config.T, resume=unfinished))
+        train_target.main(train_target.Config(dataset=config.dataset, max_tokens=config.max_tokens, data_dir=config.data_dir, device=config.device, T=config.T, resume=unfinished))
     checkpoint = load_checkpoint(folder / "checkpoint.pt", "target")
     context = checkpoint["gpt"]["context"]
     if config.T > context:
@@ -329,7 +330,7 @@ def main(config: Config) -> None:
     elif config.out and (Path(config.out) / "checkpoint.pt").exists():
         raise ValueError(f"out={config.out} already holds a checkpoint: give another folder, or go on with --resume={config.out}")
     device = pick_device(config.device)
-    corpus = data.load(config.dataset, config.data_dir)
+    corpus = data.load(config.dataset, config.data_dir, config.max_tokens)
     if resumed:
         check_vocabulary(folder, resumed["target"], corpus)
         check_resumable(config, resumed | {"step": resumed["vpd"]["step"]}, corpus, device)

@@ -389,7 +389,7 @@ def generations(run: Run, corpus: data.Corpus, seed: int, n_tokens: int = 64, wi
 
 def report(run: Run, config: Config) -> dict:
     """Evaluate a run, print the table, write metrics.json, figures/*.png and generations.txt; returns the metrics."""
-    corpus = data.load(run.config["dataset"], config.data_dir or run.config["data_dir"])
+    corpus = data.load(run.config["dataset"], config.data_dir or run.config["data_dir"], run.config.get("max_tokens", 0))
     check_vocabulary(run.folder, run.checkpoint["target"], corpus)
     runs = {}
     if config.against and Path(config.against) != run.folder:

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+from data import written
 from model import GPT, GPTConfig, generate
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,28 +109,6 @@ def cosine(step: int, steps: int, warmup: float = 0.0, floor: float = 0.1) -> fl
         return (step + 1) / (n_warmup + 1)
     progress = (step - n_warmup) / max(1.0, steps - 1 - n_warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def settle(path: Path) -> None:
-    """Wait until the file, or the list of names in a folder, is on the disk and would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` when the block ends well: at every moment `path` is whole, old or new."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        settle(temporary)  # before the rename, or a power cut could leave the new name on an empty file
-        os.replace(temporary, path)
-        settle(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -243,7 +222,8 @@ def progress_bar(start: int, steps: int, name: str) -> tqdm:
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "stdlib"  # 'stdlib', or the path of a .txt, .jsonl or .parquet file or of a folder of them
+    dataset: str = "stdlib"  # 'stdlib', 'pile', 'simplestories', 'tinystories', 'hf:<id>[:column]', or the path of a file or folder of text
+    max_tokens: int = 0  # of the dataset, from its beginning; 0: all of it
     data_dir: str = "data"  # where token files are kept
     out: str = ""  # run folder; default out/target-<dataset>
     resume: str = ""  # run folder of an unfinished run to go on with; settings not given are read from it
@@ -271,8 +251,9 @@ class Config:
         for name in ("T", "steps", "B", "val_every", "val_windows", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must not be negative")
+        for name in ("seed", "max_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr}: must be above 0")
 
@@ -340,7 +321,7 @@ def main(config: Config) -> Path:
             return Path(config.resume)
         check_unchanged(config, config.defaults(), MAY_CHANGE)
     device = pick_device(config.device)
-    corpus = data.load(config.dataset, config.data_dir)
+    corpus = data.load(config.dataset, config.data_dir, config.max_tokens)
     folder = Path(config.resume or config.out or f"out/target-{corpus.name}")
     if (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} already holds a target: give another --out, or remove it")

@@ -1,4 +1,7 @@
+import errno
+import itertools
 import json
+import os
 import re
 
 import numpy as np
@@ -7,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import tiktoken
 import torch
+import zstandard
 
 import data
 from data import Corpus, bpe_encoding, learn_bpe
@@ -29,6 +33,9 @@ def write(folder, suffix, documents, column="text"):
         path.write_bytes(documents[0].encode())
     elif suffix == ".jsonl":
         path.write_text("".join(json.dumps({"id": i, column: d}) + "\n" for i, d in enumerate(documents)))
+    elif suffix == ".jsonl.zst":  # the Pile's shape
+        rows = "".join(json.dumps({column: d, "meta": {"pile_set_name": "Pile-CC"}}) + "\n" for d in documents)
+        path.write_bytes(zstandard.compress(rows.encode()))
     elif suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.table({column: documents}), path)
     else:
@@ -121,7 +128,7 @@ def test_without_network_a_bpe_is_learnt_and_said_so(tmp_path, capsys):
 # Documents
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", "-folder"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet", "-folder"])
 def test_every_document_ends_with_end_of_text(tmp_path, suffix):
     documents = [*DOCUMENTS, "This text spells <|endoftext|> but does not end there."]
     corpus = data.load(write(tmp_path, suffix, documents), tmp_path / "data")
@@ -170,9 +177,9 @@ def bad_folder(folder, files):
     [
         ({"a.txt": ""}, "is empty"),
         ({"a.txt": "x", "b.jsonl": '{"text": "x"}'}, r"mixes \.jsonl, \.txt"),
-        ({"a.csv": "x"}, "no .txt, .jsonl, .parquet file there"),
-        ({}, "no .txt, .jsonl, .parquet file there"),
-        ({"a.jsonl": '{"title": "x", "body": "y"}\n'}, "has columns title, body: one must be 'text', 'story' or 'content'"),
+        ({"a.csv": "x"}, r"no .txt, .jsonl, .jsonl.zst, .parquet file there"),
+        ({}, r"no .txt, .jsonl, .jsonl.zst, .parquet file there"),
+        ({"a.jsonl": '{"title": "x", "body": "y"}\n'}, "has columns title, body: one must be 'text', 'story', 'content' or 'input_ids'"),
         ({"a.jsonl": '{"text": ""}\n'}, "holds no text"),
         ({"a.jsonl": "not json at all\n"}, "cannot be read as json"),
         ({"a.parquet": "not parquet at all"}, "cannot be read as parquet"),
@@ -185,7 +192,7 @@ def test_unusable_dataset(tmp_path, files, message):
 
 
 def test_unknown_dataset(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'no-such-set' does not exist: give 'stdlib' or"):
+    with pytest.raises(FileNotFoundError, match="'no-such-set' does not exist: give 'stdlib', 'pile', 'simplestories',"):
         data.load("no-such-set", tmp_path / "data")
 
 
@@ -237,6 +244,138 @@ def test_an_interrupted_tokenisation_leaves_nothing_behind(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams
+
+
+def same(a, b):
+    return all(np.array_equal(a.tokens[split], b.tokens[split]) for split in ("train", "val")) and a.vocabulary == b.vocabulary
+
+
+@pytest.mark.parametrize("suffix, column", [(".jsonl.zst", "text"), (".parquet", "story"), ("-folder", "text")])
+def test_a_stream_gives_the_tokens_that_memory_does(tmp_path, suffix, column, capsys):
+    dataset = write(tmp_path, suffix, DOCUMENTS, column)
+    whole = data.load(dataset, tmp_path / "data")
+    assert same(data.load(dataset, tmp_path / "data", max_tokens=10**9), whole)
+    assert re.search("ends after [0-9,]+ tokens, fewer than the 1,000,000,000 asked for", capsys.readouterr().out)
+
+
+def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path):
+    dataset = write(tmp_path, ".jsonl", DOCUMENTS)
+    whole, short = data.load(dataset, tmp_path / "data"), data.load(dataset, tmp_path / "data", max_tokens=500)
+    longest = max(len(whole.encoding.encode_ordinary(d)) for d in DOCUMENTS) + 1
+    assert 500 <= sum(len(t) for t in short.tokens.values()) < 500 + longest
+    assert all(np.array_equal(t, whole.tokens[split][: len(t)]) for split, t in short.tokens.items())
+
+
+@pytest.fixture
+def folder_of_two(tmp_path, monkeypatch):
+    """A folder of two .jsonl.zst files, read in steps of 64 documents that are settled after every one."""
+    monkeypatch.setattr(data, "SETTLE", 1)
+    for i, half in enumerate((DOCUMENTS[:100], DOCUMENTS[100:])):
+        (tmp_path / f"set/{i}").mkdir(parents=True)
+        write(tmp_path / f"set/{i}", ".jsonl.zst", half)
+    return str(tmp_path / "set")
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+@pytest.mark.parametrize("how", ["killed", "killed in the middle of a write", "disk full"])
+def test_a_stream_goes_on_where_it_stopped(tmp_path, folder_of_two, monkeypatch, capsys, steps, how):
+    whole = data.load(folder_of_two, tmp_path / "whole", max_tokens=10**6)
+    count, encode, settle = itertools.count(), data.ids_of, os.fsync
+
+    def stops(*args):
+        if next(count) == steps:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    def full(handle):
+        if next(count) >= 4 * steps:  # a step settles two token files, progress.json and its folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+        settle(handle)
+
+    with monkeypatch.context() as patch:
+        if how == "disk full":
+            patch.setattr(os, "fsync", full)
+        else:
+            patch.setattr(data, "ids_of", stops)
+        with pytest.raises((KeyboardInterrupt, OSError)) as stop:
+            data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
+    (part,) = (tmp_path / "data").iterdir()
+    if how == "disk full":
+        assert re.search("No space left on device.*make room and give the same command again", str(stop.value))
+    if how == "killed in the middle of a write" and (part / "train.bin").exists():
+        with open(part / "train.bin", "ab") as file:
+            file.write(b"half a tok")
+    capsys.readouterr()
+    assert same(data.load(folder_of_two, tmp_path / "data", max_tokens=10**6), whole)
+    assert (f"going on after document {64 * steps:,}" in capsys.readouterr().out) == (steps > 0)
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [whole.name]
+
+
+def test_half_written_token_files_are_not_taken_for_a_part(tmp_path, folder_of_two, monkeypatch):
+    """progress.json of more tokens than there are: begun again."""
+    whole = data.load(folder_of_two, tmp_path / "whole", max_tokens=10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
+    (part,) = (tmp_path / "data").iterdir()
+    (part / "progress.json").write_text(json.dumps({"fingerprint": data.fingerprint(folder_of_two, 10**6), "train": 10**5, "val": 10, "documents": 10**3}))
+    assert same(data.load(folder_of_two, tmp_path / "data", max_tokens=10**6), whole)
+
+
+def test_a_stream_keeps_its_vocabulary_when_gpt2_appears_half_way(tmp_path, folder_of_two, monkeypatch):
+    whole = data.load(folder_of_two, tmp_path / "whole", max_tokens=10**6)
+    count, encode = itertools.count(), data.ids_of
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "ids_of", lambda *args: encode(*args) if next(count) < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("another vocabulary"))
+    assert same(data.load(folder_of_two, tmp_path / "data", max_tokens=10**6), whole)
+
+
+def test_one_long_document_is_divided_as_in_memory(tmp_path):
+    dataset = write(tmp_path, ".txt", ["".join(DOCUMENTS)])
+    assert same(data.load(dataset, tmp_path / "data", max_tokens=10**6), data.load(dataset, tmp_path / "data"))
+
+
+def test_token_ids_come_through_as_they_are(tmp_path):
+    sequences = [[i % 50_277, 7, i % 13] for i in range(50_000, 50_300)]
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": sequences}), tmp_path / "set.parquet")
+    corpus = data.load(str(tmp_path / "set.parquet"), tmp_path / "data", max_tokens=10**6)
+    assert sorted(np.concatenate(list(corpus.tokens.values())).tolist()) == sorted(sum(sequences, []))
+    assert (corpus.vocab_size, corpus.encoding.decode([7, 50_276])) == (50_277, "<7><50276>")
+    assert len(corpus.tokens["train"]) % 3 == 0  # no end-of-text between sequences
+
+
+@pytest.mark.parametrize("ids, message", [([1, 70_000], "has the token id 70000"), ([-5, 3], "has the token id -5")])
+def test_token_ids_that_cannot_be_stored(tmp_path, ids, message):
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": [ids] * 30}), tmp_path / "set.parquet")
+    with pytest.raises(ValueError, match=message):
+        data.load(str(tmp_path / "set.parquet"), tmp_path / "data", max_tokens=100)
+
+
+@pytest.mark.parametrize(
+    "dataset, max_tokens, name",
+    [
+        ("stdlib", 0, "stdlib"),
+        ("pile", 10**9, "pile-1000M"),
+        ("tinystories", 2_500_000, "tinystories-2500000"),
+        ("hf:owner/set", 10**6, "owner--set-1M"),
+        ("hf:owner/set:body", 10**6, "owner--set--body-1M"),
+        ("books/novels.jsonl.zst", 0, "novels-01234567"),
+    ],
+)
+def test_names_of_token_folders(dataset, max_tokens, name):
+    assert data.name_of(dataset, max_tokens, "0123456789abcdef") == name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
 
 
 @pytest.fixture

@@ -252,6 +252,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
 BAD = [
     ("decompose", ["--dataset=nowhere"], "nowhere"),
     ("decompose", ["--dataset=empty.txt"], "empty.txt"),
+    ("decompose", ["--dataset=hf:no/where"], "the data step failed, as no/where cannot be read from"),
+    ("decompose", ["--max_tokens=-1"], "max_tokens=-1"),
     ("decompose", ["--dataset=short.txt"], "T + 1 = 17"),
     ("decompose", ["--setps=3"], "did you mean --steps"),
     ("decompose", ["--steps=many"], "many"),
