@@ -463,10 +463,10 @@ def tokenise_stream(dataset: str, home: Path, mark: str, max_tokens: int) -> Non
         if hub_set(dataset) or encoding.name == "ids":
             raise ValueError(f"dataset {dataset!r}: its {progress['documents']} documents are too few for a training and a validation set: raise --max_tokens")
         return tokenise(dataset, home, mark)  # so few documents that one has to be divided
-    (part / "progress.json").unlink()
     if encoding.name == "ids":
         encoding = numbered_encoding(progress["largest"] + 1)
     finish(part, home, {"dataset": dataset, **{name: progress[name] for name in ("fingerprint", "documents", "train", "val")}}, encoding)
+    (home / "progress.json").unlink()  # only now that nothing can be lost
 
 
 def stream_encoding(dataset: str, first: str | list[int]) -> tiktoken.Encoding:

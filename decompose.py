@@ -3,6 +3,7 @@
     python decompose.py                            # the standard library's source text, under 10 minutes on 2 CPU cores
     python decompose.py --beta_adv=0               # without the adversary: the paper's central claim, in one command
     python decompose.py --resume=out/vpd-stdlib    # go on after Ctrl-C, a crash or a power cut
+    torchrun --standalone --nproc_per_node=2 decompose.py    # two processes, the losses of one
 
 Trains the target first if there is none. Writes a run folder with config.json, metrics.jsonl (a line a logged step),
 checkpoint.pt, and, through eval.py, metrics.json, figures/ and generations.txt.
@@ -11,7 +12,7 @@ checkpoint.pt, and, through eval.py, metrics.json, figures/ and generations.txt.
   B. VPD         one step of the method: everything else in this file is set-up, logging and saving
   C. The run
 
-Left out: more than one process, mixed datasets, early stopping.
+Left out: mixed datasets, early stopping.
 """
 
 import math
@@ -22,10 +23,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import data
+import distributed
 import eval as evaluation
 import losses
 import train_target
@@ -65,7 +68,8 @@ class Method:
     adv_routing: Literal["all", "subset"] = "all"  # matrices that the adversary masks at a position
     # Training
     steps: int = 8000  # of the main loop
-    B: int = 2  # sequences a step
+    B: int = 2  # sequences a step, of all processes together
+    accumulate: int = 1  # parts that a process takes its sequences in, one after the other, when memory is short: the same losses
     lr: float = 3e-3  # of U, V and Gamma
     lr_warmup: float = 0.03  # share of the steps
     lr_end: float = 0.01  # share of lr that its cosine ends at
@@ -76,8 +80,12 @@ class Method:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
     def __post_init__(self) -> None:
-        require(self, "above 0", "S", "n_adv", "B", "steps", "lr", "adv_lr", "clip", "p_start", "p_end")
+        require(self, "above 0", "S", "n_adv", "B", "accumulate", "steps", "lr", "adv_lr", "clip", "p_start", "p_end")
         require(self, "0 or above", "seed", "beta_adv", "beta_stoch", "beta_imp", "beta_freq", "beta_delta", "faith_steps", "leak", "adv_warmup", "lr_warmup", "lr_end")
+        if self.accumulate > 1 and self.adv_scope == "batch":
+            raise ValueError(f"accumulate={self.accumulate}: sources that the batch shares (adv_scope=batch) ascend on all of it at once; use adv_scope=position")
+        if self.B % self.accumulate:
+            raise ValueError(f"B={self.B}: must be a multiple of accumulate={self.accumulate}")
 
 
 def require(config: object, what: Literal["above 0", "0 or above"], *names: str) -> None:
@@ -145,8 +153,8 @@ def parse_C(text: str) -> dict[str, int]:
 class VPD:
     """The state of a decomposition in training, and one step of it.
 
-    decomposition, ci_fn (Gamma): the two things that learn. positions: the shape [B, T] of a batch's positions, for the
-    adversary's sources. divergence: D of the reconstruction losses. compiled: torch.compile the heavy functions.
+    decomposition, ci_fn (Gamma): the two things that learn. positions: the shape [B, T] of the positions of this process's
+    batch, for the adversary's sources. divergence: D of the reconstruction losses. compiled: torch.compile the heavy functions.
     """
 
     def __init__(
@@ -154,10 +162,13 @@ class VPD:
         device: torch.device, divergence: Callable[[Tensor, Tensor], Tensor] = losses.kl_divergence, compiled: bool = False,
     ) -> None:
         self.decomposition, self.ci_fn, self.config, self.device, self.divergence = decomposition, ci_fn, config, device, divergence
-        self.generator = torch.Generator(device).manual_seed(config.seed)
+        # Each process draws from a stream of its own.
+        seed = config.seed if distributed.rank() == 0 else int(np.random.SeedSequence([config.seed, distributed.rank()]).generate_state(1)[0])
+        self.generator = torch.Generator(device).manual_seed(seed)
         n_sources = sum(decomposition.C.values()) + decomposition.L
         self.adversary = losses.Adversary(positions, n_sources, self.generator, config.S, config.adv_scope)
-        self.optimizer = torch.optim.AdamW([*decomposition.subcomponents(), *ci_fn.parameters()], lr=config.lr, weight_decay=0.0, fused=True)
+        self.learning = [*decomposition.subcomponents(), *ci_fn.parameters()]
+        self.optimizer = torch.optim.AdamW(self.learning, lr=config.lr, weight_decay=0.0, fused=True)
         self.step = 0
 
         maybe_compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
@@ -177,10 +188,11 @@ class VPD:
             loss.backward()
             optimizer.step()
             loss = losses.faithfulness(self.decomposition)
+        distributed.broadcast_([p.data for p in self.decomposition.subcomponents()])
         return loss.item()
 
     def train_step(self, x: Tensor) -> dict[str, Tensor]:
-        """One step on a batch x [B, T, ...]: the losses before their coefficients, as tensors, and L_VPD as `total`."""
+        """One step on this process's part x [B, T, ...] of a batch: the losses of the whole batch before their coefficients, as tensors, and L_VPD as `total`."""
         c, adversary = self.config, self.adversary
         progress = self.step / max(1, c.steps - 1)
         p = torch.full((), c.p_start + (c.p_end - c.p_start) * progress, device=self.device)
@@ -188,64 +200,89 @@ class VPD:
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
 
+        # The batch comes in one part, unless several processes share it or memory is short (`accumulate`).
+        n_parts, rows, whole = c.accumulate * distributed.world(), [], None
+        if n_parts > 1:
+            s = self.batch_power_sums(x, p) if c.accumulate > 1 else None
+            whole = distributed.summed if s is None else lambda s_of_part: s
+
         # -------------------------------------------------------------------------------------------------------------
-        with autocast(self.device):
-            target_output, inputs = self.target_pass(x)  # f(x | W), and L x [B, T, d_in]
-            z = self.gamma(inputs).float()  # [B, T, C]
-            g, g_upper = self.sigmoids(z, c.leak)
-
-            # The adversary ascends n_adv - 1 times on this batch: gradients for r alone.
-            if c.beta_adv > 0:
-                # A tensor for `all` too: one shape of call, one graph to compile.
-                routing = torch.ones((c.S, *g.shape[:-1], self.decomposition.L), dtype=torch.bool, device=self.device)
-                if c.adv_routing == "subset":
-                    routing = losses.sample_routing((c.S, *g.shape[:-1]), self.decomposition.L, self.generator)
-
-                def adversarial(g: Tensor, r: Tensor, frozen: bool) -> Tensor:
-                    return losses.adversarial_reconstruction(
-                        self.decomposition, x, target_output, g, r, routing, self.divergence, frozen, self.reconstruction
-                    )
-
-                for _ in range(c.n_adv - 1):
-                    grad_r = adversary.gradient(lambda r: adversarial(g.detach(), r, frozen=True))
-                    adversary.ascend(grad_r, adv_lr, self.adam_ascent)
-
-            # The five losses.
-            terms = {}
-            if c.beta_adv > 0:
-                r = adversary.r.detach().requires_grad_()
-                terms["adversarial"] = c.beta_adv, adversarial(g, r, frozen=False)
-            if c.beta_stoch > 0:
-                terms["stochastic"] = c.beta_stoch, losses.stochastic_reconstruction(
-                    self.decomposition, x, target_output, g, self.generator, c.S, self.divergence, self.reconstruction
-                )
-            importance, frequency = self.minimality(g_upper, p)
-            terms["importance"] = c.beta_imp, importance
-            terms["frequency"] = c.beta_freq, frequency
-        terms["faithfulness"] = c.beta_delta, losses.faithfulness(self.decomposition)  # in fp32: Delta^2 is far below bf16's steps
-        total = sum(beta * loss for beta, loss in terms.values())
-
-        # One backward pass: U, V and Gamma descend, r makes its last ascent.
         self.optimizer.zero_grad()
-        total.backward()
+        for x, adversary in zip(x.chunk(c.accumulate), self.adversary.parts(c.accumulate)):
+            with autocast(self.device):
+                target_output, inputs = self.target_pass(x)  # f(x | W), and L x [B, T, d_in]
+                z = self.gamma(inputs).float()  # [B, T, C]
+                g, g_upper = self.sigmoids(z, c.leak)
+
+                # The adversary ascends n_adv - 1 times on this batch: gradients for r alone.
+                if c.beta_adv > 0:
+                    # A tensor for `all` too: one shape of call, one graph to compile.
+                    routing = torch.ones((c.S, *g.shape[:-1], self.decomposition.L), dtype=torch.bool, device=self.device)
+                    if c.adv_routing == "subset":
+                        routing = losses.sample_routing((c.S, *g.shape[:-1]), self.decomposition.L, self.generator)
+
+                    def adversarial(g: Tensor, r: Tensor, frozen: bool) -> Tensor:
+                        return losses.adversarial_reconstruction(
+                            self.decomposition, x, target_output, g, r, routing, self.divergence, frozen, self.reconstruction
+                        )
+
+                    for _ in range(c.n_adv - 1):
+                        grad_r = adversary.gradient(lambda r: adversarial(g.detach(), r, frozen=True) / n_parts)
+                        adversary.ascend(grad_r, adv_lr, self.adam_ascent)
+
+                # The five losses.
+                terms = {}
+                if c.beta_adv > 0:
+                    r = adversary.r.detach().requires_grad_()
+                    terms["adversarial"] = c.beta_adv, adversarial(g, r, frozen=False)
+                if c.beta_stoch > 0:
+                    terms["stochastic"] = c.beta_stoch, losses.stochastic_reconstruction(
+                        self.decomposition, x, target_output, g, self.generator, c.S, self.divergence, self.reconstruction
+                    )
+                importance, frequency = self.minimality(g_upper, p, whole, n_parts)
+                terms["importance"] = c.beta_imp, importance
+                terms["frequency"] = c.beta_freq, frequency
+            terms["faithfulness"] = c.beta_delta, losses.faithfulness(self.decomposition)  # in fp32: Delta^2 is far below bf16's steps
+            total = sum(beta * loss for beta, loss in terms.values())
+
+            # One backward pass: U, V and Gamma descend, r makes its last ascent.
+            (total / n_parts).backward()
+            if c.beta_adv > 0:
+                adversary.ascend(r.grad / c.beta_adv, adv_lr, self.adam_ascent)
+            rows.append({name: loss.detach() for name, (_, loss) in terms.items()} | {"total": total.detach(), "l0": (g.detach() > 0).sum(-1).float().mean()})
+
+        self.adversary.count.copy_(adversary.count)  # each part ascended as often
+        distributed.sum_([parameter.grad for parameter in self.learning])
         nn.utils.clip_grad_norm_(self.decomposition.subcomponents(), c.clip)
         self.optimizer.step()
-        if c.beta_adv > 0:
-            adversary.ascend(r.grad / c.beta_adv, adv_lr, self.adam_ascent)
         # -------------------------------------------------------------------------------------------------------------
 
         self.step += 1
-        row = {name: loss.detach() for name, (_, loss) in terms.items()}
-        return row | {"total": total.detach(), "l0": (g.detach() > 0).sum(-1).float().mean(), "p": p}
+        values = torch.stack([torch.stack(list(row.values())) for row in rows]).sum(0) / n_parts
+        return dict(zip(rows[0], distributed.summed(values))) | {"p": p}
+
+    @torch.no_grad()
+    def batch_power_sums(self, x: Tensor, p: Tensor) -> Tensor:
+        """s_c of the whole batch, [C], in a pass of its own: the frequency term of one part has to know the others' sums."""
+        s = torch.zeros(sum(self.decomposition.C.values()), device=self.device)
+        for part in x.chunk(self.config.accumulate):
+            with autocast(self.device):
+                _, inputs = self.target_pass(part)
+                s += losses.power_sums(upper_leaky(self.gamma(inputs).float(), self.config.leak), p)
+        return distributed.summed(s)
 
     def state_dict(self) -> dict:
+        """What a run goes on from, in the first process that of all of them: to be called by all."""
+        adversary = self.adversary.state_dict()
+        if not self.adversary.shared:
+            adversary |= {name: torch.cat(distributed.gathered(adversary[name]), 1) for name in ("r", "mom1", "mom2")}
         return {
             "step": self.step,
             "decomposition": self.decomposition.subcomponents_state(),
             "ci_fn": self.ci_fn.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "adversary": self.adversary.state_dict(),
-            "generator": self.generator.get_state(),
+            "adversary": adversary,
+            "generators": distributed.gathered(self.generator.get_state()),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -253,8 +290,11 @@ class VPD:
         self.decomposition.load_subcomponents(state["decomposition"])
         self.ci_fn.load_state_dict(state["ci_fn"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.adversary.load_state_dict(state["adversary"])
-        self.generator.set_state(state["generator"])
+        adversary = dict(state["adversary"])
+        if not self.adversary.shared:
+            adversary |= {name: adversary[name].chunk(distributed.world(), 1)[distributed.rank()] for name in ("r", "mom1", "mom2")}
+        self.adversary.load_state_dict(adversary)
+        self.generator.set_state(state["generators"][distributed.rank()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +357,7 @@ def build(config: Config, target_checkpoint: dict, device: torch.device) -> tupl
     gamma = {"d_ins": [V.shape[0] for V in decomposition.V.values()], "C": sum(decomposition.C.values())}
     gamma |= {"d_ci": config.d_ci, "n_layer": config.n_layer_ci, "n_head": config.n_head_ci, "d_mlp": config.d_mlp_ci}
     ci_fn = CITransformer(**gamma).to(device)
-    return VPD(decomposition, ci_fn, config, (config.B, config.T), device, compiled=wants_compile(config, device)), gamma
+    return VPD(decomposition, ci_fn, config, (config.B // distributed.world(), config.T), device, compiled=wants_compile(config, device)), gamma
 
 
 def main(config: Config) -> None:
@@ -329,14 +369,19 @@ def main(config: Config) -> None:
             resumed = load_checkpoint(folder / "checkpoint.pt", "decomposition")
     elif config.out and (Path(config.out) / "checkpoint.pt").exists():
         raise ValueError(f"out={config.out} already holds a checkpoint: give another folder, or go on with --resume={config.out}")
-    device = pick_device(config.device)
-    corpus = data.load(config.dataset, config.data_dir, config.max_tokens)
-    if resumed:
-        check_vocabulary(folder, resumed["target"], corpus)
-        check_resumable(config, resumed | {"step": resumed["vpd"]["step"]}, corpus, device)
-    for split in ("train", "val"):
-        corpus.batch(split, 0, 1, config.T)  # too short a text ends here
-    target_checkpoint = resumed["target"] if resumed else target_of(config, corpus)
+    device = pick_device(distributed.start(config.device))
+    if config.B % (config.accumulate * distributed.world()):
+        raise ValueError(f"B={config.B}: must be a multiple of accumulate={config.accumulate} times {distributed.world()} processes")
+    if resumed and resumed["processes"] != distributed.world():
+        raise ValueError(f"resume={folder}: that run had {resumed['processes']} processes, and its random numbers cannot go on in {distributed.world()}")
+    with distributed.first_process_first():  # it tokenises the text and trains the target, if they are not there
+        corpus = data.load(config.dataset, config.data_dir, config.max_tokens)
+        if resumed:
+            check_vocabulary(folder, resumed["target"], corpus)
+            check_resumable(config, resumed | {"step": resumed["vpd"]["step"]}, corpus, device)
+        for split in ("train", "val"):
+            corpus.batch(split, 0, 1, config.T)  # too short a text ends here
+        target_checkpoint = resumed["target"] if resumed else target_of(config, corpus)
     began = time.time() - (resumed["seconds"] if resumed else 0)
     vpd, gamma = build(config, target_checkpoint, device)
     n_parameters = {"U, V": vpd.decomposition.subcomponents(), "Gamma": vpd.ci_fn.parameters()}
@@ -345,33 +390,40 @@ def main(config: Config) -> None:
 
     if not config.resume:
         folder = Path(config.out) if config.out else free_folder(Path(f"out/vpd-{corpus.name}"))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, config, device)
+    first = distributed.rank() == 0  # the process that writes
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, config, device)
     if resumed:
         vpd.load_state_dict(resumed["vpd"])
     else:
         print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps; run folder {folder}")
-    cut_log(folder, vpd.step)
+    if first:
+        cut_log(folder, vpd.step)
 
     def save_run() -> None:
         if not all(p.isfinite().all() for p in [*vpd.decomposition.subcomponents(), *vpd.ci_fn.parameters()]):
             raise ValueError(f"U, V or Gamma is not finite after step {vpd.step - 1}: try a smaller lr than {config.lr}; {folder} keeps what was saved before")
-        run = {"kind": "decomposition", "config": asdict(config), "device": device.type, "corpus": corpus.digest(), "target": target_checkpoint, "C": vpd.decomposition.C, "ci_fn": gamma}
-        save(folder / "checkpoint.pt", run | {"vpd": vpd.state_dict(), "seconds": time.time() - began})
+        run = {"kind": "decomposition", "config": asdict(config), "C": vpd.decomposition.C, "ci_fn": gamma}
+        run |= {"target": target_checkpoint, "device": device.type, "processes": distributed.world(), "corpus": corpus.digest()}
+        run |= {"vpd": vpd.state_dict(), "seconds": time.time() - began}
+        if first:
+            save(folder / "checkpoint.pt", run)
 
     with interruptible() as interrupted:
         bar = progress_bar(vpd.step, config.steps, "decompose")
         for step in bar:
-            losses_of_step = vpd.train_step(corpus.batch("train", step, config.B, config.T, config.seed)[:, :-1].to(device))
+            x = corpus.batch("train", step, config.B, config.T, config.seed)[:, :-1]
+            losses_of_step = vpd.train_step(distributed.rows(x).to(device))
 
-            last, stop = step == config.steps - 1, interrupted()
+            last, stop = step == config.steps - 1, distributed.any_of(interrupted())
             saving = last or stop or (step + 1) % config.save_every == 0
             if saving or step % config.log_every == 0:
                 row = {"step": step} | {name: value.item() for name, value in losses_of_step.items()}
                 bad = [name for name, value in row.items() if not math.isfinite(value)]
                 if bad:
                     raise ValueError(f"the {bad[0]} loss is {row[bad[0]]} at step {step}: try a smaller lr than {config.lr}; {folder} keeps what was saved before")
-                if last or step % config.log_every == 0:
+                if first and (last or step % config.log_every == 0):
                     log_line(folder, row)
                 bar.set_postfix({name: f"{row[name]:.3g}" for name in ("adversarial", "stochastic", "l0") if name in row}, refresh=False)
             if saving:
@@ -381,7 +433,9 @@ def main(config: Config) -> None:
                 print(f"interrupted after step {step}, saved: go on with\n    python decompose.py --resume={folder}")
                 sys.exit(130)
 
-    evaluation.report(evaluation.load_run(folder, device), evaluation.Config(str(folder), windows=config.eval_windows))
+    distributed.stop()
+    if first:
+        evaluation.report(evaluation.load_run(folder, device), evaluation.Config(str(folder), windows=config.eval_windows))
 
 
 if __name__ == "__main__":

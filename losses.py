@@ -11,6 +11,7 @@ g_lower and from both minimalities through g_upper; the sources from the adversa
 Shapes are written for sequences, [B, T, ...]; inputs without a sequence axis, [B, ...], work alike.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Literal
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import distributed
 from model import Decomposition
 
 EPS = 1e-12  # keeps (g + eps)^p differentiable at g = 0
@@ -94,10 +96,17 @@ def frequency_minimality(g: Tensor, p: float | Tensor) -> Tensor:
     return (s * torch.log2(1 + s)).sum() / g[..., 0].numel()
 
 
-def minimality(g: Tensor, p: float | Tensor) -> tuple[Tensor, Tensor]:
-    """(importance_minimality, frequency_minimality) from one pass over g, as both need the same powers."""
-    s = power_sums(g, p)
-    return s.sum() / g[..., 0].numel(), (s * torch.log2(1 + s)).sum() / g[..., 0].numel()
+def minimality(g: Tensor, p: float | Tensor, whole: Callable[[Tensor], Tensor] | None = None, n_parts: int = 1) -> tuple[Tensor, Tensor]:
+    """(importance_minimality, frequency_minimality) from one pass over g, as both need the same powers.
+
+    Where g is one of the n_parts equal parts of a batch (of several processes, or one after the other), `whole` gives the
+    batch's s_c from this part's. The values are then those of the whole batch, and so is the gradient once it has been
+    averaged over the parts: d s_c / d g is the same whether s_c sums over the part or over the batch.
+    """
+    s, n_positions = power_sums(g, p), n_parts * g[..., 0].numel()
+    if whole is not None:
+        s = whole(s.detach()) + n_parts * (s - s.detach())  # the batch's value, n_parts times this part's gradient
+    return s.sum() / n_positions, (s * torch.log2(1 + s)).sum() / n_positions
 
 
 def reconstruction(
@@ -181,7 +190,7 @@ class Adversary:
     """Persistent sources r that live across steps and ascend the adversarial loss (PPGD).
 
     scope `position`: r [S, B, T, C + L], one source per position; `batch`: r [S, 1, 1, C + L], one per subcomponent,
-    shared by the whole batch. Starts at U(0, 1). After each of the n_adv ascents of a step r is clamped to [0, 1].
+    shared by the whole batch, of all processes. Starts at U(0, 1). After each of the n_adv ascents of a step r is clamped to [0, 1].
     """
 
     ADAM_EPS = 1e-8
@@ -194,7 +203,17 @@ class Adversary:
         self.r = sample_sources((S, *axes, n_sources), generator)
         self.mom1, self.mom2 = torch.zeros_like(self.r), torch.zeros_like(self.r)
         self.count = torch.zeros((), device=self.r.device)
-        self.betas = betas
+        self.betas, self.shared = betas, scope == "batch"
+        if self.shared:
+            distributed.broadcast_([self.r])
+
+    def parts(self, n: int) -> list["Adversary"]:
+        """An Adversary for each of n equal parts of the batch: its r and moments are views of these, its count is its own."""
+        assert n == 1 or not self.shared, "sources that the batch shares need the gradient of all of it"
+        parts = [copy.copy(self) for _ in range(n)]
+        for part, r, mom1, mom2 in zip(parts, *(t.chunk(n, 1) for t in (self.r, self.mom1, self.mom2))):
+            part.r, part.mom1, part.mom2, part.count = r, mom1, mom2, self.count.clone()
+        return parts
 
     def gradient(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """d loss(r) / d r, without a gradient for anything else."""
@@ -204,6 +223,8 @@ class Adversary:
     @torch.no_grad()
     def ascend(self, grad_r: Tensor, lr: float, update: Callable[..., None] = adam_ascent) -> None:
         """r <- clamp(r + lr * Adam(grad_r), 0, 1). `update`: `adam_ascent` or its compiled twin."""
+        if self.shared:
+            distributed.sum_([grad_r])
         update(self.r, grad_r, self.mom1, self.mom2, self.count, torch.full((), lr, device=self.r.device), *self.betas)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import distributed
 from data import written
 from model import GPT, GPTConfig, generate
 
@@ -213,7 +214,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def progress_bar(start: int, steps: int, name: str) -> tqdm:
     """A bar with the time left; in a log file a line every half minute."""
-    return tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+    disable = distributed.rank() > 0
+    return tqdm(range(start, steps), disable=disable, initial=start, total=steps, desc=name, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,6 +317,8 @@ def check_resumable(config: Any, saved: dict, corpus: data.Corpus, device: torch
 def main(config: Config) -> Path:
     """Train and save a target; returns its run folder."""
     began = time.time()
+    if distributed.world() == 1 < int(os.environ.get("WORLD_SIZE", "1")):  # in a run of decompose.py its first process comes here
+        raise ValueError("train_target.py runs in one process: start it without torchrun")
     if config.resume:
         if (Path(config.resume) / "checkpoint.pt").exists():
             print(f"target: {config.resume} is finished")

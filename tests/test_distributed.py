@@ -1,0 +1,195 @@
+"""However a batch is divided, over processes or over accumulated parts, the step is that of one process on all of it.
+
+Random numbers are dealt by the row of the batch that they are for, so that each division draws the same ones.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_decompose import TINY, config, flags, home, tensors  # noqa: F401  (home is a fixture)
+
+import data
+import decompose
+import distributed
+import losses
+import train_target
+
+STEPS = 20
+B = 4
+REAL_ROUTING = losses.sample_routing
+VARIANTS = [(False, {}), (True, {}), (True, {"accumulate": 2}), (True, {"adv_scope": "batch"})]  # double precision, settings
+
+
+class Deal:
+    """Takes the place of losses.sample_sources and losses.sample_routing: what a row gets depends on the row alone.
+
+    Rows are numbered through the run, B a batch. This process asks, call after call, for its own rows of each batch in order;
+    with `adv_routing=subset` its calls for a routing are in turn the adversary's and the stochastic loss's.
+    """
+
+    def __init__(self, monkeypatch=None, routings: int = 1) -> None:
+        self.asked, self.routings, self.calls = {}, routings, 0
+        set_ = monkeypatch.setattr if monkeypatch else setattr
+        set_(losses, "sample_sources", self.sources)
+        set_(losses, "sample_routing", self.routing)
+
+    def rows(self, kind: int, n: int) -> list[torch.Generator]:
+        mine = B // distributed.world()
+        generators = []
+        begin = self.asked.get(kind, 0)
+        for i in range(begin, begin + n):
+            row = i // mine * B + distributed.rank() * mine + i % mine
+            generators.append(torch.Generator().manual_seed(3 * row + kind))
+        self.asked[kind] = begin + n
+        return generators
+
+    def sources(self, shape, generator):
+        if shape[1:3] == (1, 1):  # shared by the batch: drawn once, of no row
+            return torch.rand(shape, generator=torch.Generator().manual_seed(distributed.rank()))
+        return torch.stack([torch.rand((shape[0], *shape[2:]), generator=row) for row in self.rows(0, shape[1])], 1)
+
+    def routing(self, shape, L, generator):
+        self.calls += 1
+        return torch.stack([REAL_ROUTING((shape[0], *shape[2:]), L, row) for row in self.rows(1 + self.calls % self.routings, shape[1])], 1)
+
+
+@contextlib.contextmanager
+def precision(double: bool):
+    """In double precision, `.float()` included, what is left of a difference is no rounding that Adam has blown up."""
+    real = torch.Tensor.float
+    if double:
+        torch.set_default_dtype(torch.float64)
+        torch.Tensor.float = torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.Tensor.float = real
+
+
+def trained(folder: Path, **changes) -> tuple[list[dict], dict]:
+    """The losses of STEPS steps, and U, V, Gamma and the sources after them (in the first process)."""
+    c = config(B=B, steps=STEPS, beta_freq=0.05, lr=1e-3, **changes)
+    vpd, _ = decompose.build(c, train_target.load_checkpoint(folder / "target/checkpoint.pt", "target"), torch.device("cpu"))
+    vpd.warm_up()
+    corpus = data.load("text")
+    rows = [vpd.train_step(distributed.rows(corpus.batch("train", step, B, c.T)[:, :-1])) for step in range(STEPS)]
+    state = vpd.state_dict()
+    return [{name: value.item() for name, value in row.items()} for row in rows], {
+        "U, V": torch.cat([p.flatten() for p in state["decomposition"].values()]),
+        "Gamma": torch.cat([p.flatten() for p in state["ci_fn"].values()]),
+        "r": state["adversary"]["r"].flatten(),
+        "count": state["adversary"]["count"],
+    }
+
+
+def agree(one, other, tolerance: float, losses_alone: bool = False) -> None:
+    (rows, state), (other_rows, other_state) = one, other
+    assert len(rows) == len(other_rows) == STEPS
+    for step, (a, b) in enumerate(zip(rows, other_rows)):
+        assert b == pytest.approx(a, rel=tolerance, abs=tolerance), step
+    for name in () if losses_alone else state:
+        assert torch.allclose(state[name], other_state[name], rtol=0, atol=tolerance), (name, (state[name] - other_state[name]).abs().max())
+
+
+@pytest.mark.parametrize("accumulate, changes", [(4, {}), (2, {"adv_routing": "subset", "S": 2})])
+def test_accumulated_parts_are_one_batch(home, monkeypatch, accumulate, changes):
+    results = []
+    for n in (1, accumulate):
+        with monkeypatch.context() as patch, precision(double=True):
+            Deal(patch, routings=2 if changes else 1)
+            results.append(trained(home, accumulate=n, **changes))
+    agree(*results, tolerance=1e-9)
+
+
+CHILD = """
+import torch
+torch.set_num_threads(1)
+import distributed, losses
+from pathlib import Path
+from test_distributed import VARIANTS, Deal, precision, trained
+distributed.start("cpu")
+results = []
+for double, changes in VARIANTS:
+    Deal()
+    with precision(double):
+        results.append(trained(Path("."), **changes))
+if distributed.rank() == 0:
+    torch.save(results, "two.pt")
+distributed.stop()
+"""
+
+
+def torchrun(home: Path, *command: str) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(decompose.__file__).parent)])}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command], cwd=home, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(home, monkeypatch):
+    """Losses, and what the updates made of U, V, Gamma and r, over 20 steps: gradients, clip and all sums are in them."""
+    (home / "child.py").write_text(CHILD)
+    torchrun(home, "child.py")
+    two = torch.load(home / "two.pt", weights_only=True)
+    for (double, changes), result in zip(VARIANTS, two):
+        Deal(monkeypatch)
+        with precision(double):
+            one = trained(home, **changes | {"accumulate": 1})
+        agree(one, result, tolerance=1e-9 if double else 1e-6, losses_alone=not double)
+
+
+def test_the_frequency_term_of_parts_by_hand():
+    """Two parts of one position and one subcomponent, p = 1, g = 1 and 2: s = 3, both terms over 2 positions."""
+    g = [torch.tensor([[[value]]], requires_grad=True) for value in (1.0, 2.0)]
+    for part in g:
+        importance, frequency = losses.minimality(part, 1.0, lambda s: torch.tensor([3.0]), 2)
+        assert importance.item() == pytest.approx(3 / 2) and frequency.item() == pytest.approx(3 * 2 / 2)  # log2(1 + 3) = 2
+        (frequency / 2).backward()
+    # d/ds s log2(1 + s) / 2 at 3 is (2 + 3 / (4 ln 2)) / 2, and ds/dg is 1 in either part
+    expected = (2 + 0.75 / 0.6931472) / 2
+    assert [part.grad.item() for part in g] == pytest.approx([expected, expected])
+
+
+def test_processes_draw_from_different_streams(home, monkeypatch):
+    drawn = []
+    for rank in (0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "rank", lambda: rank)
+            vpd, _ = decompose.build(config(), train_target.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu"))
+            drawn.append((vpd.adversary.r, torch.rand(9, generator=vpd.generator), vpd.decomposition.subcomponents()[0].detach()))
+    assert not torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][1], drawn[1][1])
+    assert torch.equal(drawn[0][2], drawn[1][2])  # the same start
+
+
+@pytest.mark.slow
+def test_torchrun_to_the_table_and_resumed(home):
+    """The command, stopped half way: the second half starts from both processes' sources and generators."""
+    settings = TINY | dict(B=B)
+    script = str(Path(decompose.__file__))
+    printed = torchrun(home, script, "--dataset=text", "--target=target", "--out=two", *flags(settings))
+    assert printed.count("adversarial_320") == 1  # the first process alone prints
+    (home / "stops.py").write_text("import decompose, distributed\nstep = decompose.VPD.train_step\n"
+        "def stops(self, x):\n    if self.step == 5:\n        distributed.stop()\n        raise SystemExit(0)\n    return step(self, x)\n"
+        "decompose.VPD.train_step = stops\ndecompose.main(decompose.Config(dataset='text', target='target', out='two-halves', **%r))\n" % settings)  # fmt: skip
+    torchrun(home, "stops.py")
+    assert torch.load(home / "two-halves/checkpoint.pt", weights_only=True)["vpd"]["step"] == 4
+    torchrun(home, script, "--resume=two-halves")
+    once, twice = (torch.load(home / f"{run}/checkpoint.pt", weights_only=True)["vpd"] for run in ("two", "two-halves"))
+    assert once["adversary"]["r"].shape[1] == B and len(once["generators"]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(twice)))
+    assert (home / "two/metrics.jsonl").read_text() == (home / "two-halves/metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="that run had 2 processes"):
+        decompose.main(decompose.Config(resume="two").defaults())
+
+
+@pytest.mark.parametrize("changes, message", [(dict(B=3, accumulate=2), "B=3: must be a multiple of accumulate=2"), (dict(accumulate=2, adv_scope="batch"), "adv_scope=batch")])
+def test_batches_that_cannot_be_divided(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
