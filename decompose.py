@@ -15,6 +15,8 @@ checkpoint.pt, and, through eval.py, metrics.json, figures/ and generations.txt.
 Left out: mixed datasets, early stopping.
 """
 
+import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -33,7 +35,7 @@ import eval as evaluation
 import losses
 import train_target
 from ci_fn import CITransformer, lower_leaky, upper_leaky
-from model import Decomposition
+from model import Decomposition, GPTConfig
 from train_target import (
     autocast, build_target, check_resumable, check_unchanged, check_vocabulary, cosine, cut_log, interruptible, load_checkpoint, log_line, pick_device,
     progress_bar, resumed_settings, run_script, save, write_config,
@@ -43,6 +45,7 @@ from train_target import (
 # A. Settings
 
 
+TIMED = 10  # steps that are timed, after as many untimed ones, to say how long the run will take
 CPU_COMPILE_PAYS = 3_500  # steps from which torch.compile, a minute at the default size, is earned back (python bench.py)
 
 
@@ -98,6 +101,7 @@ def require(config: object, what: Literal["above 0", "0 or above"], *names: str)
 
 @dataclass(frozen=True)
 class Config(Method):
+    scale: train_target.Scale = ""  # settings to start from: tiny, laptop, gpu, published; default that of the dataset
     dataset: str = "stdlib"  # 'stdlib', 'pile', 'simplestories', 'tinystories', 'hf:<id>[:column]', or the path of a file or folder of text
     max_tokens: int = 0  # of the dataset, from its beginning; 0: all of it
     data_dir: str = "data"  # where token files are kept
@@ -125,8 +129,30 @@ class Config(Method):
         parse_C(self.C)
 
     def defaults(self) -> "Config":
-        """What flags are put on top of: the settings of the run to resume, or those above."""
-        return resumed_settings(Path(self.resume), "checkpoint.pt", "decomposition", Config) if self.resume else Config()
+        """What flags are put on top of: the settings of the run to resume, or those of the scale."""
+        if self.resume:
+            return resumed_settings(Path(self.resume), "checkpoint.pt", "decomposition", Config)
+        scale = train_target.scale_of(self.dataset, self.scale)
+        return Config(scale=scale, **SCALES[scale])
+
+
+# What differs from the settings above. `published` is the paper's 4-layer run, `gpu` the authors' 2-layer configuration, with
+# the published value where that is silent; the blocks, heads and MLP of its Gamma are ours, in the published proportions.
+PUBLISHED = dict(
+    beta_adv=0.5, beta_stoch=0.5, beta_imp=2e-4, beta_freq=1e-4, beta_delta=1e7, n_adv=3, adv_lr=0.01,
+    steps=400_000, B=64, T=512, lr=5e-5, lr_warmup=0.0, lr_end=0.1, clip=0.01, faith_steps=400, faith_lr=1e-3,
+    C="*.q=512,*.k=512,*.v=1024,*.o=1024,*.up=3072,*.down=3584", d_ci=2048, n_layer_ci=8, n_head_ci=16, d_mlp_ci=8192,
+    log_every=100, save_every=2000, max_tokens=15 * 10**8,
+)  # fmt: skip
+SCALES = {
+    "tiny": dict(steps=40, T=16, C="*=6", d_ci=16, n_head_ci=2, d_mlp_ci=16, faith_steps=20, log_every=5, save_every=10, eval_windows=2, compile=False),
+    "laptop": {},
+    "gpu": PUBLISHED | dict(
+        beta_imp=5e-4, beta_freq=5e-5, beta_delta=1e6, lr=1e-4, C="*.q=512,*.k=256,*.v=1024,*.o=1024,*.up=4096,*.down=3072",
+        d_ci=1024, n_layer_ci=4, d_mlp_ci=4096, max_tokens=10**9,
+    ),
+    "published": PUBLISHED,
+}  # fmt: skip
 
 
 # Settings that may change when a run is resumed. `steps` is one of them, but not without effect: p and the learning rates are
@@ -338,10 +364,11 @@ def free_folder(wanted: Path) -> Path:
 
 def target_of(config: Config, corpus: data.Corpus) -> dict:
     """The checkpoint of the target to decompose, which is trained first if there is none. ValueError if it does not fit."""
-    folder = Path(config.target or f"out/target-{corpus.name}")
+    folder = Path(config.target or train_target.default_folder(config.dataset, config.scale, corpus))
     if not config.target and not (folder / "checkpoint.pt").exists():
-        unfinished = str(folder) if (folder / "state.pt").exists() else ""
-        train_target.main(train_target.Config(dataset=config.dataset, max_tokens=config.max_tokens, data_dir=config.data_dir, device=config.device, T=config.T, resume=unfinished))
+        same = {name: getattr(config, name) for name in ("dataset", "max_tokens", "data_dir", "device", "T")}
+        usual = train_target.Config(scale=config.scale, dataset=config.dataset).defaults()
+        train_target.main(dataclasses.replace(usual, **same, resume=str(folder) if (folder / "state.pt").exists() else ""))
     checkpoint = load_checkpoint(folder / "checkpoint.pt", "target")
     context = checkpoint["gpt"]["context"]
     if config.T > context:
@@ -383,10 +410,11 @@ def main(config: Config) -> None:
             corpus.batch(split, 0, 1, config.T)  # too short a text ends here
         target_checkpoint = resumed["target"] if resumed else target_of(config, corpus)
     began = time.time() - (resumed["seconds"] if resumed else 0)
+    import estimate  # here, as it reads this file's settings
+
+    estimate.report(config, GPTConfig(**target_checkpoint["gpt"]), device, distributed.world(), half=not isinstance(autocast(device), contextlib.nullcontext))
     vpd, gamma = build(config, target_checkpoint, device)
-    n_parameters = {"U, V": vpd.decomposition.subcomponents(), "Gamma": vpd.ci_fn.parameters()}
-    sizes = ", ".join(f"{name} {sum(p.numel() for p in ps):,} parameters" for name, ps in n_parameters.items())
-    print(f"decompose: {vpd.decomposition.L} matrices into {gamma['C']:,} subcomponents; {sizes}; on {device}")
+    print(f"decompose: {vpd.decomposition.L} matrices into {gamma['C']:,} subcomponents, on {device}")
 
     if not config.resume:
         folder = Path(config.out) if config.out else free_folder(Path(f"out/vpd-{corpus.name}"))
@@ -411,10 +439,18 @@ def main(config: Config) -> None:
             save(folder / "checkpoint.pt", run)
 
     with interruptible() as interrupted:
-        bar = progress_bar(vpd.step, config.steps, "decompose")
+        bar, begun = progress_bar(vpd.step, config.steps, "decompose"), vpd.step
+        began_timing = 0.0
         for step in bar:
             x = corpus.batch("train", step, config.B, config.T, config.seed)[:, :-1]
             losses_of_step = vpd.train_step(distributed.rows(x).to(device))
+
+            if step - begun in (TIMED, 2 * TIMED):
+                losses_of_step["total"].item()  # waits for the device
+                began_timing, before = time.perf_counter(), began_timing
+                if step - begun == 2 * TIMED:
+                    seconds = (began_timing - before) / TIMED
+                    bar.write(f"estimate: {seconds:.3g} s a step on this device, {seconds * (config.steps - step) / 3600:.2g} hours for the {config.steps - step:,} steps left")
 
             last, stop = step == config.steps - 1, distributed.any_of(interrupted())
             saving = last or stop or (step + 1) % config.save_every == 0

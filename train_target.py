@@ -222,8 +222,17 @@ def progress_bar(start: int, steps: int, name: str) -> tqdm:
 # B. Settings
 
 
+Scale = Literal["", "tiny", "laptop", "gpu", "published"]
+
+
+def scale_of(dataset: str, scale: Scale = "") -> Scale:
+    """The scale itself, or where none is named that of the dataset: one GPU for a set from the hub, else a laptop."""
+    return scale or ("gpu" if data.hub_set(dataset) else "laptop")
+
+
 @dataclass(frozen=True)
 class Config:
+    scale: Scale = ""  # settings to start from: tiny, laptop, gpu (2 layers of 768), published (4); default that of the dataset
     dataset: str = "stdlib"  # 'stdlib', 'pile', 'simplestories', 'tinystories', 'hf:<id>[:column]', or the path of a file or folder of text
     max_tokens: int = 0  # of the dataset, from its beginning; 0: all of it
     data_dir: str = "data"  # where token files are kept
@@ -260,8 +269,22 @@ class Config:
             raise ValueError(f"lr={self.lr}: must be above 0")
 
     def defaults(self) -> "Config":
-        """What flags are put on top of: the settings of the run to resume, or those above."""
-        return resumed_settings(Path(self.resume), "state.pt", "target in training", Config) if self.resume else Config()
+        """What flags are put on top of: the settings of the run to resume, or those of the scale."""
+        if self.resume:
+            return resumed_settings(Path(self.resume), "state.pt", "target in training", Config)
+        scale = scale_of(self.dataset, self.scale)
+        return Config(scale=scale, **SCALES[scale])
+
+
+# What differs from the settings above. The widths of `gpu` and `published` are the paper's and the authors'; heads, rate and
+# budget (about 20 tokens a parameter) are ours.
+GPU = dict(n_layer=2, n_head=12, d_model=768, d_mlp=3072, T=512, steps=32_000, B=64, lr=1e-3, warmup=0.02, val_every=500, save_every=2000, max_tokens=10**9)
+SCALES = {
+    "tiny": dict(n_layer=2, n_head=2, d_model=16, d_mlp=32, T=16, steps=40, B=4, val_every=10, val_windows=8),
+    "laptop": {},
+    "gpu": GPU,
+    "published": GPU | dict(n_layer=4, steps=41_000, max_tokens=15 * 10**8),
+}
 
 
 # Settings that may change when a run is resumed. `steps` is one of them, but not without effect: the learning rate is from
@@ -314,6 +337,12 @@ def check_resumable(config: Any, saved: dict, corpus: data.Corpus, device: torch
         print(f"resume: {config.steps:,} steps, not {saved['config']['steps']:,}: from step {saved['step']:,} on all schedules are those of a run of the new length")
 
 
+def default_folder(dataset: str, scale: Scale, corpus: data.Corpus) -> Path:
+    """out/target-<dataset>, with the scale behind it where it is not the dataset's own."""
+    usual = scale_of(dataset, scale) == scale_of(dataset)
+    return Path(f"out/target-{corpus.name}" + ("" if usual else f"-{scale}"))
+
+
 def main(config: Config) -> Path:
     """Train and save a target; returns its run folder."""
     began = time.time()
@@ -326,7 +355,7 @@ def main(config: Config) -> Path:
         check_unchanged(config, config.defaults(), MAY_CHANGE)
     device = pick_device(config.device)
     corpus = data.load(config.dataset, config.data_dir, config.max_tokens)
-    folder = Path(config.resume or config.out or f"out/target-{corpus.name}")
+    folder = Path(config.resume or config.out or default_folder(config.dataset, config.scale, corpus))
     if (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} already holds a target: give another --out, or remove it")
     if not config.resume and (folder / "state.pt").exists():

@@ -82,6 +82,7 @@ def test_decompose_killed_ten_times_ends_in_the_same_bits(home):
     assert not list((home / "killed").glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_train_target_killed_ten_times_ends_in_the_same_bits(home):
     settings = TINY_TARGET | dict(steps=150, val_every=1, save_every=1)
     train_target.main(train_target.Config(dataset="text", out="unharmed-target", **settings))
@@ -162,7 +163,7 @@ def test_an_unfinished_target_is_finished_by_decompose(home, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_target, "log_line", power_cut)
         with pytest.raises(SystemError):
-            train_target.main(train_target.Config())
+            train_target.main(train_target.Config().defaults())
     corpus = data.load("text")
     assert torch.load(home / f"out/target-{corpus.name}/state.pt", weights_only=True)["step"] == 5
     checkpoint = decompose.target_of(config(target=""), corpus)
