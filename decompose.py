@@ -132,8 +132,7 @@ class Config(Method):
         """What flags are put on top of: the settings of the run to resume, or those of the scale."""
         if self.resume:
             return resumed_settings(Path(self.resume), "checkpoint.pt", "decomposition", Config)
-        scale = train_target.scale_of(self.dataset, self.scale)
-        return Config(scale=scale, **SCALES[scale])
+        return Config(**train_target.settings_of(SCALES, self.dataset, self.scale))
 
 
 # What differs from the settings above. `published` is the paper's 4-layer run, `gpu` the authors' 2-layer configuration, with

@@ -230,6 +230,12 @@ def scale_of(dataset: str, scale: Scale = "") -> Scale:
     return scale or ("gpu" if data.hub_set(dataset) else "laptop")
 
 
+def settings_of(scales: dict[str, dict], dataset: str, scale: Scale) -> dict:
+    """The settings of a scale. A set of the hub is never downloaded whole unasked: 20M tokens where the scale names no number."""
+    scale = scale_of(dataset, scale)
+    return {"scale": scale} | ({"max_tokens": 20_000_000} if data.hub_set(dataset) else {}) | scales[scale]
+
+
 @dataclass(frozen=True)
 class Config:
     scale: Scale = ""  # settings to start from: tiny, laptop, gpu (2 layers of 768), published (4); default that of the dataset
@@ -272,8 +278,7 @@ class Config:
         """What flags are put on top of: the settings of the run to resume, or those of the scale."""
         if self.resume:
             return resumed_settings(Path(self.resume), "state.pt", "target in training", Config)
-        scale = scale_of(self.dataset, self.scale)
-        return Config(scale=scale, **SCALES[scale])
+        return Config(**settings_of(SCALES, self.dataset, self.scale))
 
 
 # What differs from the settings above. The widths of `gpu` and `published` are the paper's and the authors'; heads, rate and

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
-from test_decompose import ROOT, home  # noqa: F401  (home is a fixture)
+from test_decompose import home  # noqa: F401  (home is a fixture)
 from torch.utils.flop_counter import FlopCounterMode
 
 import decompose
@@ -76,6 +76,7 @@ def test_scales_are_whole_settings_and_follow_the_dataset(script):
         assert set(script.SCALES[scale]) <= {f.name for f in fields(script.Config)}
     for dataset, scale in {"stdlib": "laptop", "pile": "gpu", "hf:owner/set": "gpu"}.items():
         assert script.Config(dataset=dataset).defaults() == script.Config(scale=scale, **script.SCALES[scale])
+    assert script.Config(dataset="pile", scale="laptop").defaults().max_tokens == 20_000_000
     assert script.Config(dataset="pile", scale="published").defaults().max_tokens == 15 * 10**8
 
 
