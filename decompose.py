@@ -17,6 +17,7 @@ Left out: mixed datasets, early stopping.
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import sys
 import time
@@ -121,11 +122,14 @@ class Config(Method):
     log_every: int = 20  # steps
     save_every: int = 1000  # steps
     eval_windows: int = 64  # validation sequences of T tokens
+    wandb: str = ""  # project of Weights & Biases to mirror metrics.jsonl in; WANDB_MODE=offline is honoured
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "above 0", "d_ci", "n_head_ci", "d_mlp_ci", "T", "log_every", "save_every", "eval_windows")
         require(self, "0 or above", "n_layer_ci", "max_tokens")
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError(f"wandb={self.wandb}: wandb is not installed; pip install wandb, or leave the flag out: metrics.jsonl has the same numbers")
         parse_C(self.C)
 
     def defaults(self) -> "Config":
@@ -156,7 +160,7 @@ SCALES = {
 
 # Settings that may change when a run is resumed. `steps` is one of them, but not without effect: p and the learning rates are
 # from then on those of a run of the new length. The device is checked apart.
-MAY_CHANGE = ("steps", "log_every", "save_every", "eval_windows", "data_dir", "device", "resume")
+MAY_CHANGE = ("steps", "log_every", "save_every", "eval_windows", "wandb", "data_dir", "device", "resume")
 
 
 def parse_C(text: str) -> dict[str, int]:
@@ -425,8 +429,13 @@ def main(config: Config) -> None:
         vpd.load_state_dict(resumed["vpd"])
     else:
         print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps; run folder {folder}")
+    mirror = None
     if first:
         cut_log(folder, vpd.step)
+        if config.wandb:
+            import wandb
+
+            mirror = wandb.init(project=config.wandb, name=folder.name, dir=folder, config=asdict(config))
 
     def save_run() -> None:
         if not all(p.isfinite().all() for p in [*vpd.decomposition.subcomponents(), *vpd.ci_fn.parameters()]):
@@ -460,6 +469,8 @@ def main(config: Config) -> None:
                     raise ValueError(f"the {bad[0]} loss is {row[bad[0]]} at step {step}: try a smaller lr than {config.lr}; {folder} keeps what was saved before")
                 if first and (last or step % config.log_every == 0):
                     log_line(folder, row)
+                    if mirror:
+                        mirror.log(row, step=step)
                 bar.set_postfix({name: f"{row[name]:.3g}" for name in ("adversarial", "stochastic", "l0") if name in row}, refresh=False)
             if saving:
                 save_run()
@@ -469,6 +480,8 @@ def main(config: Config) -> None:
                 sys.exit(130)
 
     distributed.stop()
+    if mirror:
+        mirror.finish()
     if first:
         evaluation.report(evaluation.load_run(folder, device), evaluation.Config(str(folder), windows=config.eval_windows))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.machinery
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,6 +235,21 @@ def test_readme_commands_at_tiny_size(home):
     assert "adversarial_320" in printed and "rounded_0.0" in printed
     table = call("eval.py", "cli", "--windows=2")
     assert table.splitlines()[1].split() == next(line for line in printed.splitlines() if line.startswith("target ")).split()
+
+
+def test_wandb_mirrors_the_log(home, monkeypatch):
+    """Against a stand-in: the same rows as metrics.jsonl; without the package one line says so."""
+    sent, begun = [], {}
+    run = SimpleNamespace(log=lambda row, step: sent.append((step, row)), finish=lambda: sent.append("finished"))
+    stand_in = SimpleNamespace(init=lambda **about: begun.update(about) or run, __spec__=importlib.machinery.ModuleSpec("wandb", None))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    decompose.main(config(out="mirrored", wandb="vpd", steps=3))
+    rows = [json.loads(line) for line in (home / "mirrored" / "metrics.jsonl").read_text().splitlines()]
+    assert sent == [(row["step"], row) for row in rows] + ["finished"]
+    assert begun["project"] == "vpd" and begun["name"] == "mirrored" and begun["config"]["steps"] == 3
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb=vpd: wandb is not installed"):
+        config(wandb="vpd")
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(home):
