@@ -494,6 +494,7 @@ def decompose(config: Config, target: nn.Module, device: torch.device) -> VPD:
 
 
 def main(config: Config) -> None:
+    torch.set_num_threads(1)  # these matrices are small: a second thread costs more than it gives
     device = pick_device(config.device)
     folder = Path(config.out) if config.out else free_folder(Path(f"out/toy-{config.toy}-{config.method}-{config.seed}"))
     if (folder / "metrics.json").exists():
