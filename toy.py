@@ -3,11 +3,11 @@ of the APD and SPD papers).
 
     python toy.py tms_5-2                      # half a minute on 2 CPU cores; every check passes
     python toy.py tms_5-2 --method=spd         # the predecessor: no adversary, no frequency term
-    python toy.py ping_pong --beta_freq=0      # what the frequency term is for: subcomponents serve several circuits
+    python toy.py ping_pong --beta_freq=0 --beta_imp=3e-3    # without the frequency term, as sparse
     python toy.py resid_mlp1 --help            # a toy's own settings
 
 Trains the target (toy_targets.py), decomposes it with the VPD of decompose.py, prints the checks and writes
-out/toy-<name>-<method>-<seed>/ with metrics.json, config.json, checkpoint.pt and toy.png. Exit code 1 if a check fails.
+out/toy-<name>-<method>-<seed>/ with metrics.json, config.json, checkpoint.pt and toy.png.
 
   A. Settings
   B. Checks      is this decomposition the known one? Plain functions of U, V and causal importances
@@ -20,6 +20,7 @@ Left out: APD, whose published numbers stand beside ours; training on several se
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -40,7 +41,7 @@ from decompose import VPD, Method, free_folder, require
 from eval import adversarial_sources, save_figure
 from model import Decomposition
 from toy_targets import TOYS, InductionHead, Pieces, train
-from train_target import pick_device, progress_bar, run_script, save, write_config, written
+from train_target import progress_bar, run_script, save, write_config, written
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Settings
@@ -66,8 +67,10 @@ VPD_PRESETS = {
     "ping_pong": dict(C=200, B=64, lr=3e-3, beta_adv=0.5, beta_imp=1e-5, beta_freq=1e-3, ci_spread=10.0, ci_bias=-1.5, U_scale=3.0, restarts=3),
     "induction": dict(C=32, B=64, lr=3e-3, beta_adv=0.5, beta_imp=1e-3, beta_freq=1e-4, ci="transformer"),
 }
-# The predecessor with its authors' importance coefficient, p, C and learning rate, at a smaller batch: theirs is 1024 to 4096.
-SPD = dict(B=1024, steps=10_000, beta_adv=0.0, beta_freq=0.0, ci="mlp", hidden=16, U_scale=1.0, restarts=1)
+# The predecessor with its authors' importance coefficient, p, C and learning rate. It differs from theirs in having one stochastic
+# loss, routed through random subsets, and not one over all matrices and one over each alone; in its batch (theirs: 1024 to 4096),
+# steps (10,000 to 200,000), a cosine for every toy, and a clipped gradient.
+SPD = dict(ci_spread=1.0, ci_bias=0.0, B=1024, steps=10_000, beta_adv=0.0, beta_freq=0.0, ci="mlp", hidden=16, U_scale=1.0, restarts=1)
 SPD_PRESETS = {
     "tms_5-2": dict(C=20, lr=1e-3, beta_imp=3e-3, p_start=1.0, p_end=1.0),
     "tms_5-2-id": dict(C=20, lr=1e-3, beta_imp=3e-3, p_start=1.0, p_end=1.0),
@@ -97,11 +100,20 @@ class Config(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "above 0", "C", "hidden", "restarts", "U_scale")
+        require(self, "0 or above", "ci_spread")
+        if not math.isfinite(self.ci_bias):
+            raise ValueError(f"ci_bias={self.ci_bias}: must be finite")
+        if self.device not in ("auto", "cpu"):
+            raise ValueError(f"device={self.device}: toys run on the CPU, where they take minutes")
+        if self.ci == "transformer" and self.hidden % 8:
+            raise ValueError(f"hidden={self.hidden}: with ci=transformer a multiple of 8")
         if self.toy not in TOYS:
             raise ValueError(f"unknown toy {self.toy!r}: there are {', '.join(TOYS)}")
         for beta in ("beta_adv", "beta_freq"):
             if self.method == "spd" and getattr(self, beta):
                 raise ValueError(f"method=spd contradicts {beta}={getattr(self, beta)}: SPD has neither an adversary nor a frequency term")
+        if self.ci != "shared" and (self.ci_spread, self.ci_bias) != (1.0, 0.0):
+            raise ValueError(f"ci={self.ci} contradicts ci_spread={self.ci_spread} or ci_bias={self.ci_bias}: they are for the shared Gamma")
         if self.ci == "transformer" and self.toy != "induction":
             raise ValueError(f"ci=transformer contradicts toy={self.toy}: its inputs have no sequence axis")
 
@@ -120,7 +132,8 @@ def column_match(U: Tensor, V: Tensor, W: Tensor) -> tuple[float, float]:
     """MMCS and ML2R of the columns of W [d_out, n]: U [d_out, C], V [n, C].
 
     MMCS = mean_j max_c cos(U_c V_jc, W_j), signed; ML2R = mean_j |U_c V_jc| / |W_j| at that c. Neither says enough alone: in
-    two dimensions 20 random vectors already have an MMCS of 0.98 (and an ML2R of 0.09).
+    two dimensions 20 random vectors already have an MMCS of 0.98 (and an ML2R of 0.09). `feature_checks` gives it the live
+    subcomponents alone, as in two dimensions a dead one is often a little better aligned than the one that does the work.
     """
     if not U.shape[1]:
         return 0.0, 0.0
@@ -163,7 +176,7 @@ def dense_error(g: Tensor, k: int, tol: float = 0.1) -> int:
     those that never reach 1 - tol or are above tol on less than half of the probes, plus entries above tol elsewhere."""
     g = g[:, g.sum(0).argsort(descending=True)]
     first, rest = g[:, :k], g[:, k:]
-    lit = (first.amax(0) >= 1 - tol) & ((first > tol).float().mean(0) > 0.5)
+    lit = (first.amax(0) >= 1 - tol) & ((first > tol).float().mean(0) >= 0.5)
     return int(k - lit.sum() + (rest > tol).sum())
 
 
@@ -243,12 +256,11 @@ def feature_checks(vpd: VPD, seed: int, rows: int = 8192) -> list[Check]:
             checks.append(Check("permuted-CI error, tol 0.2", name, identity_error(g_probe, 0.2)))
             checks.append(within("serve several", name, n_shared(g_probe), 0, 0))
             on = target.active(x).float().sum(-1).mean().item()
-            # Small values need nothing: TMS's ReLU, for one, cuts off what is under about 0.2. Nor do, in x + relu(x), negative ones.
-            least = 0.6 if target.low == 0 else 0.3
-            checks.append(within("L0 on data", name, (g_data > 0.1).sum(-1).float().mean().item(), least * on, 1.15 * on))
+            # Small values need nothing: TMS's ReLU, for one, cuts off what is under about 0.2.
+            checks.append(within("L0 on data", name, (g_data > 0.1).sum(-1).float().mean().item(), 0.6 * on, 1.15 * on))
         else:
             checks.append(within("permuted-CI error, dense", name, dense_error(g_probe, n), 0, 0))
-            checks.append(within("L0 on data", name, (g_data > 0.1).sum(-1).float().mean().item(), 0, 1.05 * n * any_on))
+            checks.append(Check("L0 on data", name, (g_data > 0.1).sum(-1).float().mean().item(), f"at most {n * any_on:.3g}"))
         checks.append(within("live", name, n_live(g_probe), n, n))
         relative = (decomposition.Delta(name).norm() / decomposition.W(name).norm()).item()
         checks.append(within("|Delta| / |W|", name, relative, 0, 0.02))
@@ -274,15 +286,16 @@ def known_clusterings(vpd: VPD, seed: int, rows: int = 20_000) -> list[float]:
     """The alphas of ALPHAS at which cluster.py, greedy, groups the live subcomponents as they belong together.
 
     That is: the pieces of one feature in all matrices (the one that its probe calls for), and all pieces of a dense matrix, or of
-    several dense matrices, as they too are wanted on the same inputs.
+    several dense matrices, as they too are wanted on the same inputs. None where subcomponents are split or shared, or in a single matrix.
     """
     decomposition, target = vpd.decomposition, vpd.decomposition.target
     X = importances(vpd, target.batch(rows, torch.Generator(vpd.device).manual_seed(seed + 3_000_000))) > 0.1
     g_probes = importances(vpd, target.probes().to(vpd.device))
     belongs = [g.argmax(0) if target.importance[name][0] == "identity" else torch.full((g.shape[1],), -1) for name, g in zip(decomposition.names, by_matrix(decomposition, g_probes))]
-    live = (g_probes > 0.1).any(0) & X.any(0)  # what the probes call for: by chance others fire once in 20,000 inputs
-    if not live.any():
+    wrong = [identity_error(g) for name, g in zip(decomposition.names, by_matrix(decomposition, g_probes)) if target.importance[name][0] == "identity"]
+    if any(wrong) or decomposition.L == 1:
         return []
+    live = (g_probes > 0.1).any(0) & X.any(0)  # what the probes call for: by chance others fire once in 20,000 inputs
     belongs, X = torch.cat(belongs)[live], sp.csr_matrix(X[:, live].numpy())
     known = belongs[:, None] == belongs
     found = []
@@ -473,7 +486,7 @@ def decompose(config: Config, target: nn.Module, device: torch.device) -> VPD:
 
     The loss knows nothing of the answer. Subcomponents that serve several mechanisms are local minima of it, above the canonical one.
     """
-    best, best_loss = None, float("inf")
+    best, best_loss, last_tenth = None, float("inf"), min(int(0.9 * config.steps), config.steps - 1)
     for restart in range(config.restarts):
         vpd = build(dataclasses.replace(config, seed=config.seed + 1000 * restart), target, device)
         vpd.warm_up()
@@ -481,8 +494,8 @@ def decompose(config: Config, target: nn.Module, device: torch.device) -> VPD:
         loss = torch.zeros((), device=device)
         for step in (bar := progress_bar(0, config.steps, f"decompose {restart + 1}/{config.restarts}")):
             row = vpd.train_step(target.batch(config.B, generator))
-            if step >= 0.9 * config.steps:
-                loss += row["total"] / (0.1 * config.steps)
+            if step >= last_tenth:
+                loss += row["total"] / (config.steps - last_tenth)
             if step % 100 == 0:
                 bar.set_postfix({name: f"{row[name].item():.2e}" for name in ("total", "stochastic", "l0") if name in row}, refresh=False)
         if not loss.isfinite():
@@ -495,10 +508,10 @@ def decompose(config: Config, target: nn.Module, device: torch.device) -> VPD:
 
 def main(config: Config) -> None:
     torch.set_num_threads(1)  # these matrices are small: a second thread costs more than it gives
-    device = pick_device(config.device)
+    device = torch.device("cpu")
     folder = Path(config.out) if config.out else free_folder(Path(f"out/toy-{config.toy}-{config.method}-{config.seed}"))
-    if (folder / "metrics.json").exists():
-        raise ValueError(f"out={config.out} already holds a result: give another folder")
+    if any((folder / name).exists() for name in ("metrics.json", "checkpoint.pt", "config.json")):
+        raise ValueError(f"out={config.out} already holds a run: give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config, device)
     began = time.time()
@@ -516,7 +529,7 @@ def main(config: Config) -> None:
         checks = feature_checks(vpd, config.seed)
         plot(vpd, folder / "toy.png", title)
         alphas = known_clusterings(vpd, config.seed)
-        print(f"cluster.py groups the live subcomponents as they belong together at alpha = {', '.join(f'{alpha:g}' for alpha in alphas) or 'none tried'}")
+        print(f"cluster.py groups the live subcomponents as they belong together at alpha = {', '.join(f'{alpha:g}' for alpha in alphas) or 'none'}")
     save(folder / "checkpoint.pt", {"kind": "toy", "config": asdict(config), "target": target.state_dict(), "vpd": vpd.state_dict()})
     with written(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps({"checks": [asdict(c) for c in checks], "ablations": ablations, "alphas": alphas, "seconds": seconds}, indent=2) + "\n")
@@ -529,7 +542,7 @@ def defaults() -> Config:
     """The preset of the toy and the method that the command line names, so that --help shows it and flags change it."""
     named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     late = [arg for arg in sys.argv[2:] if arg in TOYS]
-    if late:
+    if late and not named:
         raise ValueError(f"{late[0]}: the name of the toy comes first")
     spd = "--method=spd" in sys.argv or ("--method", "spd") in zip(sys.argv, sys.argv[1:])
     return preset(sys.argv[1] if named else "tms_5-2", "spd" if spd else "vpd")

@@ -69,6 +69,9 @@ def test_dense_error():
     assert dense_error(single_rows, 2) == 2  # lit, but not dense
     assert dense_error(torch.zeros(5, 20), 2) == 2
     assert dense_error(0.8 * full, 2) == 2
+    half = torch.zeros(4, 3)
+    half[:2, 0] = half[2:, 1] = 1
+    assert dense_error(half, 2) == 0 and dense_error(half[1:], 2) == 1
 
 
 def test_live_and_shared_counts():
@@ -185,12 +188,18 @@ def test_the_known_answer_passes_every_check_and_a_wrong_one_fails(name):
     target = toy_targets.train(TOYS[name], 0, torch.device("cpu"))
     checks = toy.feature_checks(known(target), seed=0)
     assert {c.name for c in checks if c.ok is False} == set(), toy.table(name, checks)
-    assert sum(c.ok is True for c in checks) == {"tms_5-2": 14, "tms_5-2-id": 18, "ping_pong": 7}[name]
+    assert sum(c.ok is True for c in checks) == {"tms_5-2": 14, "tms_5-2-id": 17, "ping_pong": 7}[name]
     always_on = toy.feature_checks(known(target, wrong=torch.ones_like), seed=0)
     seen = {"permuted-CI error", "serve several", "L0 on data"} | ({"MSE stochastic"} if name != "ping_pong" else set())  # its known MSE is 0 too
     assert seen <= {c.name for c in always_on if c.ok is False}
     dead = toy.feature_checks(known(target, wrong=torch.zeros_like), seed=0)
     assert {"permuted-CI error", "live", "L0 on data"} <= {c.name for c in dead if c.ok is False}
+
+
+def test_the_best_restart_has_a_finite_loss():
+    target = TMS(5, 2, identity=False)
+    with pytest.raises(ValueError, match="try a smaller lr"):
+        toy.decompose(toy.dataclasses.replace(preset("tms_5-2", "vpd"), steps=1, faith_steps=0, lr=1e38, B=4, beta_imp=float("inf")), target, torch.device("cpu"))
 
 
 def test_known_clusterings():
@@ -280,11 +289,17 @@ def test_contradictions_are_refused_with_both_names():
     (["tms_5-2", "--method=spd", "--beta_adv=0.5"], "method=spd contradicts beta_adv=0.5"),
     (["--steps=3", "resid_mlp1"], "resid_mlp1: the name of the toy comes first"),
     (["tms_5-2", "--C=0"], "C=0: must be above 0"),
+    (["tms_5-2", "--ci=mlp"], "ci=mlp contradicts ci_spread=20.0 or ci_bias=-1.0"),
+    (["tms_5-2", "--method=spd", "--ci_spread=7"], "ci=mlp contradicts ci_spread=7.0"),
+    (["tms_5-2", "--ci_bias=nan"], "ci_bias=nan: must be finite"),
+    (["tms_5-2", "--device=cuda"], "device=cuda: toys run on the CPU"),
+    (["induction", "--hidden=12"], "hidden=12: with ci=transformer a multiple of 8"),
+    (["tms_5-2", "--steps=2", "--lr=inf", "--restarts=1"], "try a smaller lr than inf"),
 ])  # fmt: skip
 def test_bad_flags_end_with_one_line(flags, said, tmp_path):
     run = subprocess.run([sys.executable, ROOT / "toy.py", *flags], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode != 0 and said in run.stderr and len(run.stderr.strip().splitlines()) == 1
-    assert not any(tmp_path.iterdir())
+    assert run.returncode != 0 and said in run.stderr and run.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in run.stderr
+    assert not list(tmp_path.glob("out/*/checkpoint.pt"))
 
 
 @pytest.mark.parametrize("method", ["vpd", "spd"])
