@@ -222,7 +222,7 @@ class VPD:
 
     def train_step(self, x: Tensor) -> dict[str, Tensor]:
         """One step on this process's part x [B, T, ...] of a batch: the losses of the whole batch before their coefficients, as tensors, and L_VPD as `total`."""
-        c, adversary = self.config, self.adversary
+        c = self.config
         progress = self.step / max(1, c.steps - 1)
         p = torch.full((), c.p_start + (c.p_end - c.p_start) * progress, device=self.device)
         adv_lr = c.adv_lr * min(1.0, (self.step + 1) / (c.adv_warmup * c.steps + 1))

@@ -206,6 +206,7 @@ class Check:
 
 
 def within(name: str, matrix: str, value: float, low: float, high: float) -> Check:
+    """A Check that passes for low <= value <= high."""
     if low == high:
         return Check(name, matrix, value, f"{low:.4g}", value == low)
     return Check(name, matrix, value, f"{low:.4g} to {high:.4g}", low <= value <= high)
@@ -265,7 +266,7 @@ def feature_checks(vpd: VPD, seed: int, rows: int = 8192) -> list[Check]:
         relative = (decomposition.Delta(name).norm() / decomposition.W(name).norm()).item()
         checks.append(within("|Delta| / |W|", name, relative, 0, 0.02))
     known, known_g = canonical_decomposition(target, x)
-    band, nothing = (stochastic_mse(known, x, known_g * on, generator) for on in (1, 0))
+    band, nothing = (stochastic_mse(known, x, known_g * scale, generator) for scale in (1, 0))
     high = max(4 * band, 0.02 * nothing)  # the canonical circuits of ping_pong lose nothing at all
     checks.append(within("MSE stochastic", "", stochastic_mse(decomposition, x, g, generator), band / 3, high))
     checks.append(Check("MSE stochastic, canonical", "", band))
