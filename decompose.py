@@ -16,6 +16,7 @@ Left out: mixed datasets, early stopping.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import math
@@ -110,6 +111,7 @@ class Config(Method):
     out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
     resume: str = ""  # run folder of an unfinished run to go on with; settings not given are read from it
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU, or for a long run on a CPU, where a compiler works
+    memory_budget: float = 1.0  # share of the activations that a compiled step keeps for its backward pass; the rest is computed again
     T: int = 64  # tokens a sequence
     # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts
     C: str = "*.q=42,*.k=42,*.v=85,*.o=85,*.up=256,*.down=298"
@@ -128,6 +130,8 @@ class Config(Method):
         super().__post_init__()
         require(self, "above 0", "d_ci", "n_head_ci", "d_mlp_ci", "T", "log_every", "save_every", "eval_windows")
         require(self, "0 or above", "n_layer_ci", "max_tokens")
+        if not 0 <= self.memory_budget <= 1:
+            raise ValueError(f"memory_budget={self.memory_budget}: must lie between 0 and 1")
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError(f"wandb={self.wandb}: wandb is not installed; pip install wandb, or leave the flag out: metrics.jsonl has the same numbers")
         parse_C(self.C)
@@ -200,12 +204,15 @@ class VPD:
         self.optimizer = torch.optim.AdamW(self.learning, lr=config.lr, weight_decay=0.0, fused=True)
         self.step = 0
 
-        maybe_compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
-        self.target_pass = maybe_compile(decomposition.target_pass)
-        self.gamma = maybe_compile(ci_fn)
-        self.reconstruction = maybe_compile(losses.reconstruction)
-        self.sigmoids = maybe_compile(lambda z, leak: (lower_leaky(z, leak), upper_leaky(z, leak)))
+        options = None
+        if device.type == "cpu":
+            keep_freed_memory()
+            options = {"cpp_wrapper": True}  # a small step is a thousand calls of microseconds: C++ makes them, not Python
+        maybe_compile = (lambda f: torch.compile(f, dynamic=False, options=options)) if compiled else (lambda f: f)
+        self.importances = maybe_compile(self.importances)
+        self.reconstructions = maybe_compile(losses.reconstructions)
         self.minimality = maybe_compile(losses.minimality)
+        self.faithfulness = maybe_compile(losses.faithfulness)
         self.adam_ascent = maybe_compile(losses.adam_ascent)
 
     def warm_up(self) -> float:
@@ -220,14 +227,24 @@ class VPD:
         distributed.broadcast_([p.data for p in self.decomposition.subcomponents()])
         return loss.item()
 
+    def schedule(self) -> tuple[Tensor, float]:
+        """The power p and the adversary's learning rate of this step; the optimiser's is set."""
+        c = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
+        p = c.p_start + (c.p_end - c.p_start) * self.step / max(1, c.steps - 1)
+        return torch.full((), p, device=self.device), c.adv_lr * min(1.0, (self.step + 1) / (c.adv_warmup * c.steps + 1))
+
+    def importances(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f(x | W), without a gradient, and the causal importances g_lower and g_upper [B, T, C] in fp32."""
+        target_output, inputs = self.decomposition.target_pass(x)
+        z = self.ci_fn(inputs).float()
+        return target_output, lower_leaky(z, self.config.leak), upper_leaky(z, self.config.leak)
+
     def train_step(self, x: Tensor) -> dict[str, Tensor]:
         """One step on this process's part x [B, T, ...] of a batch: the losses of the whole batch before their coefficients, as tensors, and L_VPD as `total`."""
         c = self.config
-        progress = self.step / max(1, c.steps - 1)
-        p = torch.full((), c.p_start + (c.p_end - c.p_start) * progress, device=self.device)
-        adv_lr = c.adv_lr * min(1.0, (self.step + 1) / (c.adv_warmup * c.steps + 1))
-        for group in self.optimizer.param_groups:
-            group["lr"] = c.lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
+        p, adv_lr = self.schedule()
 
         # The batch comes in one part, unless several processes share it or memory is short (`accumulate`).
         n_parts, rows, whole = c.accumulate * distributed.world(), [], None
@@ -239,9 +256,8 @@ class VPD:
         self.optimizer.zero_grad()
         for x, adversary in zip(x.chunk(c.accumulate), self.adversary.parts(c.accumulate)):
             with autocast(self.device):
-                target_output, inputs = self.target_pass(x)  # f(x | W), and L x [B, T, d_in]
-                z = self.gamma(inputs).float()  # [B, T, C]
-                g, g_upper = self.sigmoids(z, c.leak)
+                target_output, g, g_upper = self.importances(x)
+                drawn = {}  # {reconstruction loss: (its coefficient, r, routing)}
 
                 # The adversary ascends n_adv - 1 times on this batch: gradients for r alone.
                 if c.beta_adv > 0:
@@ -250,28 +266,27 @@ class VPD:
                     if c.adv_routing == "subset":
                         routing = losses.sample_routing((c.S, *g.shape[:-1]), self.decomposition.L, self.generator)
 
-                    def adversarial(g: Tensor, r: Tensor, frozen: bool) -> Tensor:
-                        return losses.adversarial_reconstruction(
-                            self.decomposition, x, target_output, g, r, routing, self.divergence, frozen, self.reconstruction
-                        )
+                    def adversarial(r: Tensor) -> Tensor:
+                        return self.reconstructions(self.decomposition, x, target_output, g.detach(), [r], [routing], self.divergence, frozen=True)[0] / n_parts
 
                     for _ in range(c.n_adv - 1):
-                        grad_r = adversary.gradient(lambda r: adversarial(g.detach(), r, frozen=True) / n_parts)
-                        adversary.ascend(grad_r, adv_lr, self.adam_ascent)
-
-                # The five losses.
-                terms = {}
-                if c.beta_adv > 0:
+                        adversary.ascend(adversary.gradient(adversarial), adv_lr, self.adam_ascent)
                     r = adversary.r.detach().requires_grad_()
-                    terms["adversarial"] = c.beta_adv, adversarial(g, r, frozen=False)
+                    drawn["adversarial"] = c.beta_adv, r, routing
                 if c.beta_stoch > 0:
-                    terms["stochastic"] = c.beta_stoch, losses.stochastic_reconstruction(
-                        self.decomposition, x, target_output, g, self.generator, c.S, self.divergence, self.reconstruction
-                    )
+                    r_stoch = losses.sample_sources((c.S, *g.shape[:-1], self.adversary.r.shape[-1]), self.generator)
+                    drawn["stochastic"] = c.beta_stoch, r_stoch, losses.sample_routing((c.S, *g.shape[:-1]), self.decomposition.L, self.generator)
+
+                # The five losses; both reconstructions go through the model as one batch.
+                terms = {}
+                if drawn:
+                    betas, sources, routings = zip(*drawn.values())
+                    D = self.reconstructions(self.decomposition, x, target_output, g, list(sources), list(routings), self.divergence)
+                    terms |= dict(zip(drawn, zip(betas, D)))
                 importance, frequency = self.minimality(g_upper, p, whole, n_parts)
                 terms["importance"] = c.beta_imp, importance
                 terms["frequency"] = c.beta_freq, frequency
-            terms["faithfulness"] = c.beta_delta, losses.faithfulness(self.decomposition)  # in fp32: Delta^2 is far below bf16's steps
+            terms["faithfulness"] = c.beta_delta, self.faithfulness(self.decomposition)  # in fp32: Delta^2 is far below bf16's steps
             total = sum(beta * loss for beta, loss in terms.values())
 
             # One backward pass: U, V and Gamma descend, r makes its last ascent.
@@ -296,8 +311,7 @@ class VPD:
         s = torch.zeros(sum(self.decomposition.C.values()), device=self.device)
         for part in x.chunk(self.config.accumulate):
             with autocast(self.device):
-                _, inputs = self.target_pass(part)
-                s += losses.power_sums(upper_leaky(self.gamma(inputs).float(), self.config.leak), p)
+                s += losses.power_sums(self.importances(part)[2], p)
         return distributed.summed(s)
 
     def state_dict(self) -> dict:
@@ -328,6 +342,16 @@ class VPD:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # C. The run
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc, where that is the C library, to keep what a step frees for the next one: handing it back and getting it anew
+    costs 5 to 10 % of a step on a CPU in page faults."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes
 
 
 def wants_compile(config: Config, device: torch.device) -> bool:
@@ -383,11 +407,13 @@ def target_of(config: Config, corpus: data.Corpus) -> dict:
 def build(config: Config, target_checkpoint: dict, device: torch.device) -> tuple[VPD, dict]:
     """A VPD at its initialisation, a function of config.seed, and the arguments that its Gamma was made with."""
     torch.manual_seed(config.seed)
-    decomposition = Decomposition(build_target(target_checkpoint), parse_C(config.C)).to(device)
+    target = build_target(target_checkpoint)
+    decomposition = Decomposition(target, parse_C(config.C), hidden=True).to(device)
     gamma = {"d_ins": [V.shape[0] for V in decomposition.V.values()], "C": sum(decomposition.C.values())}
     gamma |= {"d_ci": config.d_ci, "n_layer": config.n_layer_ci, "n_head": config.n_head_ci, "d_mlp": config.d_mlp_ci}
     ci_fn = CITransformer(**gamma).to(device)
-    return VPD(decomposition, ci_fn, config, (config.B // distributed.world(), config.T), device, compiled=wants_compile(config, device)), gamma
+    torch._functorch.config.activation_memory_budget = config.memory_budget
+    return VPD(decomposition, ci_fn, config, (config.B // distributed.world(), config.T), device, losses.HiddenKL(target.unembedding), wants_compile(config, device)), gamma
 
 
 def main(config: Config) -> None:

@@ -1,7 +1,7 @@
 """The losses of VPD as plain functions, in the order of the paper, and the adversary.
 
   A. masks        mask, sample_sources, sample_routing
-  B. divergence   kl_divergence, mse
+  B. divergence   kl_divergence, HiddenKL, mse
   C. five losses  faithfulness, importance_minimality, frequency_minimality, stochastic_ and adversarial_reconstruction
   D. Adversary    persistent sources that ascend the reconstruction loss (PPGD)
 
@@ -58,6 +58,38 @@ def kl_divergence(target_logits: Tensor, masked_logits: Tensor) -> Tensor:
     log_p = target_logits.float().log_softmax(-1)
     log_q = masked_logits.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+class HiddenKL:
+    """kl_divergence from last hidden states [..., d] and the frozen unembedding [vocab, d], so that [B, T, vocab] is never held.
+
+    Takes `chunk` positions at a time and makes the gradient to the masked hidden state on the way: nothing of a chunk is kept.
+    The target's hidden state gets no gradient.
+    """
+
+    def __init__(self, unembedding: Tensor, chunk: int = 2048) -> None:
+        self.unembedding, self.chunk = unembedding, chunk
+
+    def __call__(self, target_hidden: Tensor, masked_hidden: Tensor) -> Tensor:
+        return ChunkedKL.apply(target_hidden.flatten(0, -2), masked_hidden.flatten(0, -2), self.unembedding, self.chunk)
+
+
+class ChunkedKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, target_hidden: Tensor, masked_hidden: Tensor, unembedding: Tensor, chunk: int) -> Tensor:
+        n, total, grads = len(masked_hidden), torch.zeros((), device=masked_hidden.device), []
+        for h_p, h_q in zip(target_hidden.split(chunk), masked_hidden.split(chunk)):
+            log_p = F.linear(h_p, unembedding).float().log_softmax(-1)  # [chunk, vocab]
+            log_q = F.linear(h_q, unembedding).float().log_softmax(-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum()
+            grads.append((log_q.exp() - p).to(h_q.dtype) @ unembedding.to(h_q.dtype))  # d KL / d logits = q - p
+        ctx.save_for_backward(torch.cat(grads) / n)
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        return None, grad * ctx.saved_tensors[0], None, None
 
 
 def mse(target_output: Tensor, masked_output: Tensor) -> Tensor:
@@ -124,11 +156,30 @@ def reconstruction(
     x [B, ...]; target_output = f(x | W); g = g_lower [B, T, C]; r [S, B, T, C + L], or [S, 1, 1, C + L] for sources that the batch shares; routing bool [S, B, T, L], None masks every
     matrix. The S samples go through the model as one batch. frozen: no gradient for U and V.
     """
-    S = r.shape[0]
-    m = mask(g, r).flatten(0, 1)  # [S * B, T, C + L]
-    if S > 1:
-        x, target_output = (a.repeat(S, *[1] * (a.dim() - 1)) for a in (x, target_output))
-    return divergence(target_output, decomposition(x, m, None if routing is None else routing.flatten(0, 1), frozen))
+    return reconstructions(decomposition, x, target_output, g, [r], None if routing is None else [routing], divergence, frozen)[0]
+
+
+def reconstructions(
+    decomposition: Decomposition,
+    x: Tensor,
+    target_output: Tensor,
+    g: Tensor,
+    sources: list[Tensor],
+    routings: list[Tensor] | None,
+    divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
+    frozen: bool = False,
+) -> list[Tensor]:
+    """[reconstruction(..., r, routing) for r, routing in zip(sources, routings)], as one batch of masked passes."""
+    m = torch.cat([mask(g, r).flatten(0, 1) for r in sources])  # [n * B, T, C + L], n the samples of all sources
+    routing = None if routings is None else torch.cat(routings).flatten(0, 1)
+    masked_output = decomposition(repeat(x, len(m) // len(x)), m, routing, frozen)
+    outputs = masked_output.split([len(r) * len(x) for r in sources])
+    return [divergence(repeat(target_output, len(r)), output) for r, output in zip(sources, outputs)]
+
+
+def repeat(x: Tensor, n: int) -> Tensor:
+    """[B, ...] to [n * B, ...], the whole batch n times."""
+    return x.repeat(n, *[1] * (x.dim() - 1)) if n > 1 else x
 
 
 def stochastic_reconstruction(
@@ -139,16 +190,14 @@ def stochastic_reconstruction(
     generator: torch.Generator,
     S: int = 1,
     divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
-    reconstruct: Callable[..., Tensor] = reconstruction,
 ) -> Tensor:
     """L_stochastic-recon: fresh r ~ U(0, 1) at every position, masking a random subset of the matrices there.
 
-    Gradients to U, V and, through g, to Gamma. Arguments as `reconstruction`; `reconstruct` is it, or its compiled twin.
+    Gradients to U, V and, through g, to Gamma. Arguments as `reconstruction`.
     """
     L = decomposition.L
     r = sample_sources((S, *g.shape[:-1], g.shape[-1] + L), generator)
-    routing = sample_routing((S, *g.shape[:-1]), L, generator)
-    return reconstruct(decomposition, x, target_output, g, r, routing, divergence)
+    return reconstruction(decomposition, x, target_output, g, r, sample_routing((S, *g.shape[:-1]), L, generator), divergence)
 
 
 def adversarial_reconstruction(
@@ -160,17 +209,16 @@ def adversarial_reconstruction(
     routing: Tensor | None = None,
     divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
     frozen: bool = False,
-    reconstruct: Callable[..., Tensor] = reconstruction,
 ) -> Tensor:
     """L_adversarial-recon at the adversary's sources r, which stand in for the maximum over r.
 
     Gradients to U, V, Gamma and r: the same backward pass serves the descent and the last ascent of the step. With
-    `frozen` and a detached g, to r alone. Arguments as `reconstruction`; `reconstruct` is it, or its compiled twin.
+    `frozen` and a detached g, to r alone. Arguments as `reconstruction`.
 
     PAPER: the text masks a random subset of the matrices here too; the authors' released configuration masks all of them.
     Ours masks all unless `routing` says otherwise.
     """
-    return reconstruct(decomposition, x, target_output, g, r, routing, divergence, frozen)
+    return reconstruction(decomposition, x, target_output, g, r, routing, divergence, frozen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

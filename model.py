@@ -109,13 +109,22 @@ class GPT(nn.Module):
             into_stream = name.endswith(("o.weight", "down.weight"))
             nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if into_stream else 0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The last hidden state, normalised, [B, T, d_model]: `unembedding` makes it logits."""
         if tokens.shape[-1] > self.config.context:
             raise ValueError(f"T={tokens.shape[-1]} tokens: the target's context is {self.config.context}")
         x = self.embed(tokens)  # [B, T, d_model]
         for block in self.blocks:
             x = block(x)
-        return F.linear(rms_norm(x), self.embed.weight)  # tied unembedding
+        return rms_norm(x)
+
+    @property
+    def unembedding(self) -> Tensor:
+        """[vocab, d_model], tied to the embedding."""
+        return self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.hidden(tokens), self.unembedding)
 
 
 @torch.no_grad()
@@ -152,6 +161,8 @@ class Decomposition(nn.Module):
     """Rank-one subcomponents U_c V_c^T of chosen matrices of `target`, which is frozen and otherwise left alone.
 
     target: any module that applies `nn.Linear` layers.
+    hidden: f and f' end with the target's last hidden state, `target.hidden(x)`, instead of its output: for a divergence that
+       applies the unembedding itself.
     C: subcomponents per matrix, {glob pattern over module names: count}, the first pattern that matches counts;
        an int gives every nn.Linear that many.
     Attributes: `names` in column order, `C` {name: C_l}, `U[name]` [d_out, C_l], `V[name]` [d_in, C_l].
@@ -160,9 +171,9 @@ class Decomposition(nn.Module):
     Initialisation: V ~ N(0, 1/d_in), U ~ N(0, 1/C_l).
     """
 
-    def __init__(self, target: nn.Module, C: int | Mapping[str, int], generator: torch.Generator | None = None) -> None:
+    def __init__(self, target: nn.Module, C: int | Mapping[str, int], generator: torch.Generator | None = None, hidden: bool = False) -> None:
         super().__init__()
-        self.target = target.requires_grad_(False).eval()
+        self.target, self.hidden = target.requires_grad_(False).eval(), hidden
         self.C = match_linears(target, {"*": C} if isinstance(C, int) else C)
         self.names = list(self.C)
         self.L = len(self.names)
@@ -179,6 +190,10 @@ class Decomposition(nn.Module):
             self.U[name] = nn.Parameter(torch.randn(d_out, self.C[name], generator=generator) / self.C[name] ** 0.5)
             self.register_parameter("U:" + name.replace(".", "/"), self.U[name])  # a parameter's name has no dots
             self.register_parameter("V:" + name.replace(".", "/"), self.V[name])
+
+    def f(self, x: Tensor) -> Tensor:
+        """f(x | W), or where `hidden` says so the last hidden state on its way there."""
+        return self.target.hidden(x) if self.hidden else self.target(x)
 
     def subcomponents(self) -> list[nn.Parameter]:
         """U and V of every matrix: what descends, without the target's own weights."""
@@ -217,7 +232,7 @@ class Decomposition(nn.Module):
             return record
 
         with torch.no_grad(), LinearsAnswered([l.weight for l in self.layers], [recorder(i) for i in range(self.L)]):
-            output = self.target(x)
+            output = self.f(x)
         unseen = [name for name, seen in zip(self.names, inputs) if seen is None]
         if unseen:  # it could not be masked either
             raise ValueError(f"{', '.join(unseen)}: the target's forward pass does not apply this nn.Linear, so it cannot be decomposed")
@@ -237,7 +252,7 @@ class Decomposition(nn.Module):
         PAPER: the draft's W' is the sum alone; Delta, with a mask of its own, is in the published method, which we follow.
         """
         if m is None:
-            return self.target(x)
+            return self.f(x)
         *ms, m_Deltas = m.split([*self.C.values(), self.L], dim=-1)
         m_Deltas = m_Deltas.split(1, dim=-1)  # L x [B, T, 1]
 
@@ -256,7 +271,7 @@ class Decomposition(nn.Module):
             return answer
 
         with LinearsAnswered([l.weight for l in self.layers], [masked(i) for i in range(self.L)]):
-            return self.target(x)
+            return self.f(x)
 
 
 def match_linears(target: nn.Module, C: Mapping[str, int]) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """The whole run at tiny size: the README's commands, resuming, the one backward pass, and every bad input of a user."""
 
 import dataclasses
-import functools
 import importlib.machinery
 import json
 import math
@@ -15,6 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from naive import NaiveVPD
+from torch import nn
 
 import data
 import decompose
@@ -172,7 +173,7 @@ def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_
     target_output, inputs = vpd.decomposition.target_pass(x)
     g = lower_leaky(vpd.ci_fn(inputs)).detach()
     r = vpd.adversary.r.clone().requires_grad_()
-    (grad_r,) = torch.autograd.grad(losses.adversarial_reconstruction(vpd.decomposition, x, target_output, g, r), r)
+    (grad_r,) = torch.autograd.grad(losses.adversarial_reconstruction(vpd.decomposition, x, target_output, g, r, divergence=vpd.divergence), r)
     vpd.train_step(x)
     # After one update Adam's first moment is (1 - beta1) grad_r.
     assert torch.allclose(vpd.adversary.mom1, 0.5 * grad_r, rtol=1e-4, atol=1e-9)
@@ -188,15 +189,47 @@ def test_variants_of_the_loss(home, changes):
     assert moved == (vpd.config.beta_adv > 0)
 
 
-def test_compiled_step_agrees_with_eager(home, monkeypatch):
-    """Every compiled part of the step, traced and differentiated by torch.compile; tests/test_model.py has its C++ too."""
-    rows = []
-    for compiled in (False, True):
-        monkeypatch.setattr(torch, "compile", functools.partial(compile_with, backend="aot_eager"))
-        vpd, x = tiny_vpd(home, compile=compiled)
-        rows.append([{k: v.item() for k, v in vpd.train_step(x).items()} for _ in range(2)])
-    for eager, compiled in zip(*rows):
-        assert compiled == pytest.approx(eager, rel=1e-4)
+def a_step(vpd: decompose.VPD, x: torch.Tensor) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """Losses of a step, and what it left: the gradients of U, V and Gamma before the clip, the sources and their moments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: None)
+        row = vpd.train_step(x)
+    return {name: value.item() for name, value in row.items()}, [*(p.grad for p in vpd.learning), *vpd.adversary.state_dict().values()]
+
+
+def assert_same_step(one: decompose.VPD, other: decompose.VPD, x: torch.Tensor) -> None:
+    """Three steps from one state: each loss within 1e-4, gradients and sources within 1e-3 of their norm."""
+    for _ in range(3):
+        (row, left), (other_row, other_left) = a_step(one, x), a_step(other, x)
+        assert {name: other_row[name] for name in row} == pytest.approx(row, rel=1e-4)
+        for a, b in zip(left, other_left, strict=True):
+            assert (a - b).norm() <= 1e-3 * a.norm()
+
+
+@pytest.mark.parametrize("changes", [{}, {"S": 2}, {"adv_scope": "batch"}, {"beta_adv": 0.0}])
+def test_compiled_step_agrees_with_eager(home, monkeypatch, changes):
+    """Every compiled part of the step, traced and differentiated by torch.compile; the slow test below has its C++ too."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile_with(f, dynamic=False, backend="aot_eager"))
+    eager, x = tiny_vpd(home, **changes)
+    assert_same_step(eager, tiny_vpd(home, compile=True, **changes)[0], x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_budget", [1.0, 0.5])
+def test_step_compiled_to_cpp_agrees_with_eager(home, memory_budget):
+    works, why_not = decompose.compiler_works(torch.device("cpu"))
+    if not works:
+        pytest.skip(f"no working compiler here: {why_not}")
+    eager, x = tiny_vpd(home)
+    assert_same_step(eager, tiny_vpd(home, compile=True, memory_budget=memory_budget)[0], x)
+
+
+def test_naive_step_is_the_same_step(home):
+    """No materialised Delta, one batch for two reconstructions, one backward pass, no logits: none of it changes a number."""
+    vpd, x = tiny_vpd(home)
+    other, _ = tiny_vpd(home)
+    naive = NaiveVPD(other.decomposition, other.ci_fn, other.config, tuple(x.shape), other.device)
+    assert_same_step(naive, vpd, x)
 
 
 def test_auto_runs_eagerly_where_no_compiler_works(monkeypatch, capsys):

@@ -95,6 +95,28 @@ def test_kl_of_equal_logits_is_zero():
     assert losses.kl_divergence(logits, logits).item() == 0
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_kl_from_hidden_states_is_that_of_their_logits(chunk):
+    unembedding, h_p = rand(50, 7, seed=1), 3 * rand(3, 4, 7, seed=2)
+    h_q, same = ((3 * rand(3, 4, 7, seed=3)).requires_grad_() for _ in range(2))
+    D = losses.HiddenKL(unembedding, chunk)(h_p, h_q)
+    plain = losses.kl_divergence(h_p @ unembedding.T, same @ unembedding.T)
+    (2 * D).backward()
+    (2 * plain).backward()
+    close(D, plain)
+    close(h_q.grad, same.grad)
+
+
+def test_kl_from_hidden_states_holds_no_logits():
+    """Of 400 positions and a vocabulary of 500 it holds the chunk's 20 x 500 a few times, not 400 x 500."""
+    from bench import peak_bytes
+
+    unembedding, h_p, h_q = rand(500, 8), rand(400, 8, seed=1), rand(400, 8, seed=2).requires_grad_()
+    small = peak_bytes(lambda: losses.HiddenKL(unembedding, chunk=20)(h_p, h_q).backward(), torch.device("cpu"))
+    whole = peak_bytes(lambda: losses.kl_divergence(h_p @ unembedding.T, h_q @ unembedding.T).backward(), torch.device("cpu"))
+    assert small < 4 * 400 * 500 < whole
+
+
 def test_mse_by_hand():
     target, masked = torch.tensor([[1.0, 2, 3], [0, 0, 0]]), torch.tensor([[1.0, 0, 3], [0, 1, -1]])
     assert losses.mse(target, masked).item() == pytest.approx((4 + 1 + 1) / 6)
@@ -203,6 +225,14 @@ def test_S_samples_are_averaged(decomposition, gpt, tokens, shape):
     together = losses.adversarial_reconstruction(decomposition, tokens, gpt(tokens), g, r, routing)
     alone = [losses.adversarial_reconstruction(decomposition, tokens, gpt(tokens), g, r[s : s + 1], routing[s : s + 1]) for s in range(3)]
     close(together, sum(alone) / 3)
+
+
+def test_reconstructions_are_each_reconstruction(decomposition, gpt, tokens):
+    """Of sources with their own S, and of sources that the batch shares, in one batch of masked passes."""
+    g, sources = rand(3, 8, 52, seed=1), [rand(2, 3, 8, 64, seed=2), rand(1, 1, 1, 64, seed=3)]
+    routings = [losses.sample_routing((n, 3, 8), 12, generator(n)) for n in (2, 1)]
+    together = losses.reconstructions(decomposition, tokens, gpt(tokens), g, sources, routings)
+    close(together, [losses.reconstruction(decomposition, tokens, gpt(tokens), g, r, routing) for r, routing in zip(sources, routings)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
