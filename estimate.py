@@ -15,6 +15,7 @@ import torch
 
 import decompose
 from ci_fn import CITransformer
+from losses import HiddenKL
 from model import GPT, GPTConfig, match_linears
 from train_target import run_script
 
@@ -72,8 +73,8 @@ def cost(config: "decompose.Config", gpt: GPTConfig, processes: int = 1, half: b
         "Gamma's activations": at_once / config.S * (8 * 4 * total_C + a * gamma_activations),
         # a reconstruction keeps m, m - m_Delta, x V and their product; W x, y and the inputs of every matrix
         "masked passes": at_once * n_recon * ((3 * 4 + 2 * a) * total_C + a * (4 * d_outs + 2 * D)),
-        # logits, their log-softmax in fp32, and what the divergence keeps
-        "logits": at_once * vocab * (4 * 4 + n_recon * (a + 2 * 4)),
+        # of one chunk of positions: logits of target and masked model, their log-softmax and what is made of it in fp32
+        "logits": min(at_once, HiddenKL.CHUNK) * vocab * (2 * a + 5 * 4),
     }
     return Cost(total_C, sizes, memory, step_flops(config, gpt, sizes, shapes))
 
@@ -147,7 +148,7 @@ def plan(gpt: GPTConfig) -> "decompose.Config":
 
 
 TARGETS = {
-    "67M": GPTConfig(50_257, 512, n_layer=4, n_head=12, d_model=768, d_mlp=3072),
+    "67M": GPTConfig(50_257, 512, n_layer=4, n_head=6, d_model=768, d_mlp=3072),
     "1B": GPTConfig(50_257, 512, n_layer=18, n_head=16, d_model=2048, d_mlp=8192),
     "8B": GPTConfig(50_257, 512, n_layer=32, n_head=32, d_model=4096, d_mlp=22_528),
 }

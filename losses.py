@@ -67,7 +67,9 @@ class HiddenKL:
     The target's hidden state gets no gradient.
     """
 
-    def __init__(self, unembedding: Tensor, chunk: int = 2048) -> None:
+    CHUNK = 2048  # positions
+
+    def __init__(self, unembedding: Tensor, chunk: int = CHUNK) -> None:
         self.unembedding, self.chunk = unembedding, chunk
 
     def __call__(self, target_hidden: Tensor, masked_hidden: Tensor) -> Tensor:

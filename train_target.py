@@ -281,9 +281,9 @@ class Config:
         return Config(**settings_of(SCALES, self.dataset, self.scale))
 
 
-# What differs from the settings above. The widths of `gpu` and `published` are the paper's and the authors'; heads, rate and
+# What differs from the settings above. The widths and heads of `gpu` and `published` are the paper's and the authors'; rate and
 # budget (about 20 tokens a parameter) are ours.
-GPU = dict(n_layer=2, n_head=12, d_model=768, d_mlp=3072, T=512, steps=32_000, B=64, lr=1e-3, warmup=0.02, val_every=500, save_every=2000, max_tokens=10**9)
+GPU = dict(n_layer=2, n_head=6, d_model=768, d_mlp=3072, T=512, steps=32_000, B=64, lr=1e-3, warmup=0.02, val_every=500, save_every=2000, max_tokens=10**9)
 SCALES = {
     "tiny": dict(n_layer=2, n_head=2, d_model=16, d_mlp=32, T=16, steps=40, B=4, val_every=10, val_windows=8),
     "laptop": {},
