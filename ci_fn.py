@@ -74,6 +74,10 @@ class CITransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(d_ci, n_head, d_mlp, causal=False, bias=True) for _ in range(n_layer))
         self.out = nn.Linear(d_ci, C)
 
+    def units(self) -> list[nn.Module]:
+        """Its parts, in the order in which they run: what has to be whole at a time when it is sharded."""
+        return [self.inp, *self.blocks, self.out]
+
     def forward(self, inputs: list[Tensor]) -> Tensor:
         assert inputs[0].dim() == 3, f"inputs are [B, T, d_in], not {list(inputs[0].shape)}"
         x = self.inp(torch.cat([rms_norm(x) for x in inputs], dim=-1))  # [B, T, D] to [B, T, d_ci]

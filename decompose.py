@@ -3,7 +3,7 @@
     python decompose.py                            # the standard library's source text, under 10 minutes on 2 CPU cores
     python decompose.py --beta_adv=0               # without the adversary: the paper's central claim, in one command
     python decompose.py --resume=out/vpd-stdlib    # go on after Ctrl-C, a crash or a power cut
-    torchrun --standalone --nproc_per_node=2 decompose.py    # two processes, the losses of one
+    torchrun --standalone --nproc_per_node=2 decompose.py    # two processes, the losses of one; --shard=True divides Gamma
 
 Trains the target first if there is none. Writes a run folder with config.json, metrics.jsonl (a line a logged step),
 checkpoint.pt, and, through eval.py, metrics.json, figures/ and generations.txt.
@@ -30,6 +30,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import data
 import distributed
@@ -120,6 +121,7 @@ class Config(Method):
     n_layer_ci: int = 2  # blocks
     n_head_ci: int = 4
     d_mlp_ci: int = 512
+    shard: bool = False  # divide Gamma, its gradient and its moments over the processes of torchrun; the target, U and V stay whole
     # Logging and evaluation
     log_every: int = 20  # steps
     save_every: int = 1000  # steps
@@ -201,7 +203,10 @@ class VPD:
         n_sources = sum(decomposition.C.values()) + decomposition.L
         self.adversary = losses.Adversary(positions, n_sources, self.generator, config.S, config.adv_scope)
         self.learning = [*decomposition.subcomponents(), *ci_fn.parameters()]
-        self.optimizer = torch.optim.AdamW(self.learning, lr=config.lr, weight_decay=0.0, fused=True)
+        self.replicated = [p for p in self.learning if not isinstance(p, DTensor)]
+        sharded = [p for p in self.learning if isinstance(p, DTensor)]  # Gamma's, or none; a fused update takes one kind at a time
+        groups = [{"params": group} for group in (self.replicated, sharded) if group]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, fused=True)
         self.step = 0
 
         options = None
@@ -296,7 +301,7 @@ class VPD:
             rows.append({name: loss.detach() for name, (_, loss) in terms.items()} | {"total": total.detach(), "l0": (g.detach() > 0).sum(-1).float().mean()})
 
         self.adversary.count.copy_(adversary.count)  # each part ascended as often
-        distributed.sum_([parameter.grad for parameter in self.learning])
+        distributed.sum_([parameter.grad for parameter in self.replicated])  # a sharded one's is summed already
         nn.utils.clip_grad_norm_(self.decomposition.subcomponents(), c.clip)
         self.optimizer.step()
         # -------------------------------------------------------------------------------------------------------------
@@ -319,11 +324,13 @@ class VPD:
         adversary = self.adversary.state_dict()
         if not self.adversary.shared:
             adversary |= {name: torch.cat(distributed.gathered(adversary[name]), 1) for name in ("r", "mom1", "mom2")}
+        optimizer = distributed.whole(self.optimizer.state_dict())
+        optimizer["param_groups"] = [optimizer["param_groups"][0] | {"params": list(range(len(self.learning)))}]  # one, sharded or not
         return {
             "step": self.step,
             "decomposition": self.decomposition.subcomponents_state(),
-            "ci_fn": self.ci_fn.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "ci_fn": distributed.whole(self.ci_fn.state_dict()),
+            "optimizer": optimizer,
             "adversary": adversary,
             "generators": distributed.gathered(self.generator.get_state()),
         }
@@ -331,8 +338,14 @@ class VPD:
     def load_state_dict(self, state: dict) -> None:
         self.step = state["step"]
         self.decomposition.load_subcomponents(state["decomposition"])
-        self.ci_fn.load_state_dict(state["ci_fn"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.ci_fn.load_state_dict({name: distributed.part_of(state["ci_fn"][name], p) for name, p in self.ci_fn.state_dict().items()})
+        moments = {
+            i: {name: distributed.part_of(value, self.learning[i]) for name, value in of_parameter.items()}
+            for i, of_parameter in state["optimizer"]["state"].items()
+        }
+        (group,) = state["optimizer"]["param_groups"]
+        groups = [group | {"params": own["params"]} for own in self.optimizer.state_dict()["param_groups"]]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         adversary = dict(state["adversary"])
         if not self.adversary.shared:
             adversary |= {name: adversary[name].chunk(distributed.world(), 1)[distributed.rank()] for name in ("r", "mom1", "mom2")}
@@ -411,7 +424,9 @@ def build(config: Config, target_checkpoint: dict, device: torch.device) -> tupl
     decomposition = Decomposition(target, parse_C(config.C), hidden=True).to(device)
     gamma = {"d_ins": [V.shape[0] for V in decomposition.V.values()], "C": sum(decomposition.C.values())}
     gamma |= {"d_ci": config.d_ci, "n_layer": config.n_layer_ci, "n_head": config.n_head_ci, "d_mlp": config.d_mlp_ci}
-    ci_fn = CITransformer(**gamma).to(device)
+    ci_fn = CITransformer(**gamma)
+    half = not isinstance(autocast(device), contextlib.nullcontext)
+    ci_fn = distributed.shard(ci_fn, ci_fn.units(), device, half) if config.shard else ci_fn.to(device)
     torch._functorch.config.activation_memory_budget = config.memory_budget
     return VPD(decomposition, ci_fn, config, (config.B // distributed.world(), config.T), device, losses.HiddenKL(target.unembedding), wants_compile(config, device)), gamma
 
@@ -430,6 +445,8 @@ def main(config: Config) -> None:
         raise ValueError(f"B={config.B}: must be a multiple of accumulate={config.accumulate} times {distributed.world()} processes")
     if resumed and resumed["processes"] != distributed.world():
         raise ValueError(f"resume={folder}: that run had {resumed['processes']} processes, and its random numbers cannot go on in {distributed.world()}")
+    if config.shard and distributed.world() == 1:
+        raise ValueError("shard=True: one process has nothing to divide Gamma over; start several with torchrun --nproc_per_node=N, or leave shard out")
     with distributed.first_process_first():  # it tokenises the text and trains the target, if they are not there
         corpus = data.load(config.dataset, config.data_dir, config.max_tokens)
         if resumed:
@@ -464,7 +481,7 @@ def main(config: Config) -> None:
             mirror = wandb.init(project=config.wandb, name=folder.name, dir=folder, config=asdict(config))
 
     def save_run() -> None:
-        if not all(p.isfinite().all() for p in [*vpd.decomposition.subcomponents(), *vpd.ci_fn.parameters()]):
+        if distributed.any_of(not all(distributed.local(p).isfinite().all() for p in vpd.learning)):
             raise ValueError(f"U, V or Gamma is not finite after step {vpd.step - 1}: try a smaller lr than {config.lr}; {folder} keeps what was saved before")
         run = {"kind": "decomposition", "config": asdict(config), "C": vpd.decomposition.C, "ci_fn": gamma}
         run |= {"target": target_checkpoint, "device": device.type, "processes": distributed.world(), "corpus": corpus.digest()}

@@ -3,18 +3,20 @@ that one process would take on all of them.
 
     torchrun --standalone --nproc_per_node=2 decompose.py      # NCCL between GPUs, gloo between CPUs
 
-Nothing here knows the method. In a process on its own, without torchrun, every function does nothing.
+Nothing here knows the method. In a process on its own, without torchrun, every function but `shard` does nothing.
 """
 
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 
 
 def start(device: str) -> str:
@@ -96,3 +98,48 @@ def gathered(tensor: Tensor) -> list[Tensor]:
     all_of_them = [torch.empty_like(tensor) for _ in range(world())] if rank() == 0 else None
     dist.gather(tensor, all_of_them)
     return all_of_them or [tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A module too large for one process: of each parameter, gradient and moment every process keeps a part, a DTensor
+
+
+def shard(module: nn.Module, units: list[nn.Module], device: torch.device, half: bool) -> nn.Module:
+    """The module on the device, its parameters divided over the processes; those of a unit are whole only while it runs.
+
+    half: whole in bf16, for autocast, which would otherwise keep bf16 copies of all units until the backward pass. A backward
+    pass leaves in each part its gradient summed over the processes: it is not to be summed again.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, as it takes half a second
+
+    # It warns of outputs that are views, as those of nn.Linear are: nobody may change them in place, and nobody does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    mesh = init_device_mesh(device.type, (world(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
+    for unit in [*units, module]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        unit.set_gradient_divide_factor(1.0)  # a sum, not the mean,
+        unit.set_force_sum_reduction_for_comms(True)  # by the only reduction that gloo has
+    return module
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor in parts; another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(state: dict | Tensor) -> dict | Tensor:
+    """A state dict with its parts made whole in the first process, in its memory and not the GPU's: to be called by all."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, DTensor):
+        tensor = state.full_tensor()
+        return tensor.cpu() if rank() == 0 else local(state)
+    return state
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, where `like`, of the same shape, is in parts; elsewhere the tensor."""
+    if isinstance(like, DTensor) and tensor.shape == like.shape:
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor

@@ -23,6 +23,7 @@ STEPS = 20
 B = 4
 REAL_ROUTING = losses.sample_routing
 VARIANTS = [(False, {}), (True, {}), (True, {"accumulate": 2}), (True, {"adv_scope": "batch"})]  # double precision, settings
+VARIANTS += [(False, {"shard": True}), (True, {"shard": True, "d_mlp_ci": 15}), (True, {"shard": True, "accumulate": 2})]  # 15: uneven parts
 
 
 class Deal:
@@ -110,7 +111,7 @@ def test_accumulated_parts_are_one_batch(home, monkeypatch, accumulate, changes)
 CHILD = """
 import torch
 torch.set_num_threads(1)
-import distributed, losses
+import decompose, distributed, losses
 from pathlib import Path
 from test_distributed import VARIANTS, Deal, precision, trained
 distributed.start("cpu")
@@ -119,6 +120,10 @@ for double, changes in VARIANTS:
     Deal()
     with precision(double):
         results.append(trained(Path("."), **changes))
+decompose.autocast = lambda device: torch.autocast("cpu", torch.bfloat16)  # as on a GPU
+for shard in (False, True):
+    Deal()
+    results.append(trained(Path("."), shard=shard))
 if distributed.rank() == 0:
     torch.save(results, "two.pt")
 distributed.stop()
@@ -137,11 +142,12 @@ def test_two_processes_are_one(home, monkeypatch):
     """Losses, and what the updates made of U, V, Gamma and r, over 20 steps: gradients, clip and all sums are in them."""
     (home / "child.py").write_text(CHILD)
     torchrun(home, "child.py")
-    two = torch.load(home / "two.pt", weights_only=True)
+    *two, half, half_sharded = torch.load(home / "two.pt", weights_only=True)
+    agree(half, half_sharded, tolerance=1e-6, losses_alone=True)
     for (double, changes), result in zip(VARIANTS, two):
         Deal(monkeypatch)
         with precision(double):
-            one = trained(home, **changes | {"accumulate": 1})
+            one = trained(home, **changes | {"accumulate": 1, "shard": False})
         agree(one, result, tolerance=1e-9 if double else 1e-6, losses_alone=not double)
 
 
@@ -169,24 +175,73 @@ def test_processes_draw_from_different_streams(home, monkeypatch):
 
 
 @pytest.mark.slow
-def test_torchrun_to_the_table_and_resumed(home):
+@pytest.mark.parametrize("shard", [False, True])
+def test_torchrun_to_the_table_and_resumed(home, shard):
     """The command, stopped half way: the second half starts from both processes' sources and generators."""
-    settings = TINY | dict(B=B)
+    settings = TINY | dict(B=B, shard=shard)
     script = str(Path(decompose.__file__))
-    printed = torchrun(home, script, "--dataset=text", "--target=target", "--out=two", *flags(settings))
+    run, halves = f"two-{shard}", f"two-halves-{shard}"
+    printed = torchrun(home, script, "--dataset=text", "--target=target", f"--out={run}", *flags(settings))
     assert printed.count("adversarial_320") == 1  # the first process alone prints
     (home / "stops.py").write_text("import decompose, distributed\nstep = decompose.VPD.train_step\n"
         "def stops(self, x):\n    if self.step == 5:\n        distributed.stop()\n        raise SystemExit(0)\n    return step(self, x)\n"
-        "decompose.VPD.train_step = stops\ndecompose.main(decompose.Config(dataset='text', target='target', out='two-halves', **%r))\n" % settings)  # fmt: skip
+        "decompose.VPD.train_step = stops\ndecompose.main(decompose.Config(dataset='text', target='target', out=%r, **%r))\n" % (halves, settings))  # fmt: skip
     torchrun(home, "stops.py")
-    assert torch.load(home / "two-halves/checkpoint.pt", weights_only=True)["vpd"]["step"] == 4
-    torchrun(home, script, "--resume=two-halves")
-    once, twice = (torch.load(home / f"{run}/checkpoint.pt", weights_only=True)["vpd"] for run in ("two", "two-halves"))
+    assert torch.load(home / halves / "checkpoint.pt", weights_only=True)["vpd"]["step"] == 4
+    torchrun(home, script, f"--resume={halves}")
+    once, twice = (torch.load(home / folder / "checkpoint.pt", weights_only=True)["vpd"] for folder in (run, halves))
     assert once["adversary"]["r"].shape[1] == B and len(once["generators"]) == 2
     assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(twice)))
-    assert (home / "two/metrics.jsonl").read_text() == (home / "two-halves/metrics.jsonl").read_text()
+    assert (home / run / "metrics.jsonl").read_text() == (home / halves / "metrics.jsonl").read_text()
     with pytest.raises(ValueError, match="that run had 2 processes"):
-        decompose.main(decompose.Config(resume="two").defaults())
+        decompose.main(decompose.Config(resume=run).defaults())
+    # Sharded or not, what is saved is the state of a VPD that is not.
+    vpd, _ = decompose.build(config(B=B), train_target.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu"))
+    vpd.load_state_dict(once)
+    for name, state in vpd.state_dict().items():
+        assert name == "generators" or all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(once[name]), strict=True))
+    assert once["optimizer"]["param_groups"] == vpd.state_dict()["optimizer"]["param_groups"]
+
+
+POISONED = """
+import torch
+torch.set_num_threads(1)
+import decompose, distributed
+from test_decompose import config
+step = decompose.VPD.train_step
+def poisoned(self, x):
+    losses, gamma = step(self, x), [*self.ci_fn.parameters()]
+    kept = [t for p in gamma for t in (p, p.grad, self.optimizer.state[p]["exp_avg"], self.optimizer.state[p]["exp_avg_sq"])]
+    kept = sum(t.to_local().numel() for t in kept), sum(p.numel() for p in gamma)
+    torch.save(kept, f"kept-{distributed.rank()}.pt")
+    if distributed.rank() == 1:
+        gamma[-1].detach().to_local()[-1] = torch.nan
+    return losses
+decompose.VPD.train_step = poisoned
+try:
+    decompose.main(config(B=4, save_every=1, shard=True, out="poisoned"))
+except ValueError as error:
+    open(f"refused-{distributed.rank()}.txt", "w").write(str(error))
+distributed.stop()
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_gamma_is_kept_in_halves_and_each_is_looked_at(home):
+    """Parameters, gradients and both moments; and what is not finite in one process ends the run in both, unsaved."""
+    (home / "poisoned.py").write_text(POISONED)
+    torchrun(home, "poisoned.py")
+    for rank in (0, 1):
+        kept, of = torch.load(home / f"kept-{rank}.pt")
+        assert kept == 4 * of / 2
+        assert "Gamma is not finite after step 0" in (home / f"refused-{rank}.txt").read_text()
+    assert not (home / "poisoned/checkpoint.pt").exists()
+
+
+def test_one_process_cannot_shard(home):
+    with pytest.raises(ValueError, match="shard=True: one process has nothing to divide"):
+        decompose.main(config(out="alone", shard=True))
+    assert not (home / "alone").exists()
 
 
 @pytest.mark.parametrize("changes, message", [(dict(B=3, accumulate=2), "B=3: must be a multiple of accumulate=2"), (dict(accumulate=2, adv_scope="batch"), "adv_scope=batch")])

@@ -126,7 +126,7 @@ def half(home):
     return "half"
 
 
-CHANGES = dict(lr=0.1, B=4, T=8, beta_imp=1.0, seed=3, C="*=5", d_ci=32, dataset="elsewhere", target="elsewhere", adv_scope="batch", faith_steps=4)
+CHANGES = dict(lr=0.1, B=4, T=8, beta_imp=1.0, seed=3, C="*=5", d_ci=32, dataset="elsewhere", target="elsewhere", adv_scope="batch", faith_steps=4, shard=True)
 
 
 @pytest.mark.parametrize("name", CHANGES)
