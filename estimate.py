@@ -38,8 +38,8 @@ class Cost:
 
 
 def cost(config: "decompose.Config", gpt: GPTConfig, processes: int = 1, half: bool = False, sharded: bool = False) -> Cost:
-    """half: bf16 autocast, as on a GPU. sharded: the target, U, V, Gamma and their optimiser divided over the processes, which
-    the plan below supposes and decompose.py does not do."""
+    """half: bf16 autocast, as on a GPU. sharded: the target, U, V, Gamma and their optimiser divided over the processes, as the
+    plan below supposes; decompose.py divides Gamma and its optimiser alone, where config.shard says so."""
     with torch.device("meta"):
         target = GPT(gpt)
         C = match_linears(target, decompose.parse_C(config.C))
@@ -61,11 +61,12 @@ def cost(config: "decompose.Config", gpt: GPTConfig, processes: int = 1, half: b
     n_recon = (config.beta_adv > 0) + (config.beta_stoch > 0)
     gamma_activations = 2 * D + config.n_layer_ci * (14 * config.d_ci + 3 * config.d_mlp_ci)
     shards = processes if sharded else 1
+    gamma_shards = processes if sharded or config.shard else 1
     sources = 0 if config.beta_adv == 0 else 3 * 4 * n_sources * (mine if config.adv_scope == "position" else 1)
     memory = {
         "target": 4 * sizes["target"] / shards,
         "U, V": 16 * sizes["U, V"] / shards,
-        "Gamma": 16 * sizes["Gamma"] / shards,
+        "Gamma": 16 * sizes["Gamma"] / gamma_shards,
         "sources": sources,
         # r's gradient, and the temporaries of its Adam
         "sources' update": 4 * 4 * n_sources * at_once if sources else 0,
@@ -76,6 +77,10 @@ def cost(config: "decompose.Config", gpt: GPTConfig, processes: int = 1, half: b
         # of one chunk of positions: logits of target and masked model, their log-softmax and what is made of it in fp32
         "logits": min(at_once, HiddenKL.CHUNK) * vocab * (2 * a + 5 * 4),
     }
+    if gamma_shards > 1:
+        # A unit that runs is whole: parameters, gradients, and these in fp32 to be summed. The masked passes' tensors are gone by then.
+        unit = max(sum(p.numel() for p in unit.parameters()) for unit in ci_fn.units())
+        memory["Gamma"] += max(0, (2 * a + 4) * unit - memory["masked passes"] - memory["logits"])
     return Cost(total_C, sizes, memory, step_flops(config, gpt, sizes, shapes))
 
 
@@ -112,6 +117,7 @@ def remedies(config: "decompose.Config", gpt: GPTConfig, room: float, processes:
     tries = [("accumulate", n) for n in divisors if config.adv_scope == "position"]
     tries += [("B", config.B // n) for n in divisors]
     tries += [("adv_scope", "batch")] if config.accumulate == 1 else []
+    tries += [("shard", True)] if processes > 1 else []
     found = {}
     for name, value in tries:
         changed = replace(config, **{name: value} | ({"accumulate": 1} if name == "B" else {}))
@@ -130,7 +136,7 @@ def report(config: "decompose.Config", gpt: GPTConfig, device: torch.device, pro
     print(f"estimate: {c.flops / tokens / 1e9:.3g} GFLOP a token, {c.flops / 1e12:.3g} TFLOP a step, {c.flops * config.steps:.2g} FLOP in {config.steps:,} steps")
     if c.total_memory > room:
         flags = remedies(config, gpt, room, processes, half)
-        help = f"it would fit with {' or '.join(flags)}" if flags else "no smaller batch would fit either: decompose fewer matrices (--C), a smaller Gamma (--d_ci), or use torchrun on more GPUs"
+        help = f"it would fit with {' or '.join(flags)}" if flags else "no smaller batch would fit either: decompose fewer matrices (--C), a smaller Gamma (--d_ci), or use torchrun on more GPUs with --shard=True"
         raise ValueError(f"the run needs about {c.total_memory / GB:.1f} GB and {room / GB:.1f} GB are free on {device}: {help}")
 
 

@@ -55,6 +55,13 @@ def test_parts_and_processes_need_less_memory_each():
     assert half.memory["masked passes"] == whole.memory["masked passes"] / 2 and half.memory["sources"] == whole.memory["sources"]
     shared = estimate.cost(small(), SMALL, processes=2)
     assert shared.memory["sources"] == whole.memory["sources"] / 2 and shared.memory["Gamma"] == whole.memory["Gamma"]
+    sharded = estimate.cost(small(shard=True), SMALL, processes=2)
+    assert sharded.memory == shared.memory | {"Gamma": whole.memory["Gamma"] / 2}
+    # With hardly a batch it is a block that counts, 12 d_ci^2 weights and 5 d_ci biases: itself, its gradient, and that again
+    few = dict(B=2, T=1, d_ci=512, d_mlp_ci=2048, C="*.q=4", shard=True)
+    memory = estimate.cost(small(**few), SMALL, processes=2).memory
+    held = estimate.cost(small(**few | {"shard": False}), SMALL).memory["Gamma"] / 2
+    assert memory["Gamma"] + memory["masked passes"] + memory["logits"] == held + 12 * (12 * 512**2 + 5 * 512)
 
 
 def test_what_cannot_fit_is_refused_with_the_flags_that_help(monkeypatch, capsys):
@@ -64,6 +71,9 @@ def test_what_cannot_fit_is_refused_with_the_flags_that_help(monkeypatch, capsys
         estimate.report(small(B=8), SMALL, torch.device("cpu"), 1, half=False)
     assert "GFLOP a token" in capsys.readouterr().out
     estimate.report(small(B=8, accumulate=4), SMALL, torch.device("cpu"), 1, half=False)  # and it does
+    monkeypatch.setattr(estimate, "available_memory", lambda device: 2 * estimate.cost(small(B=2, shard=True), SMALL, processes=2).total_memory)
+    with pytest.raises(ValueError, match="it would fit with --shard=True$"):
+        estimate.report(small(B=2), SMALL, torch.device("cpu"), 2, half=False)
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="no smaller batch would fit either"):
         estimate.report(small(B=8), SMALL, torch.device("cpu"), 1, half=False)
