@@ -2,6 +2,7 @@
 
     python bench.py                                        # the default run's size; two minutes on 2 CPU cores, mostly compiling
     python bench.py --B=16                                 # the same with 16 sequences a step
+    python bench.py --B=16 --memory_budget=0.4             # in two thirds of the memory
     python bench.py --size=paper4                          # the published size, for a GPU
     python bench.py --size=paper4 --scale=0.06 --B=2 --T=64    # the same shapes, small enough for a laptop
     python bench.py --sweep=assets/scaling.png             # step and memory against C, T and B
@@ -36,6 +37,7 @@ class Config:
     size: Literal["default", "pile2", "paper4"] = "default"  # that of the default run, of scale gpu, of scale published
     steps: int = 20  # timed rounds, after 3 to warm up
     compile: bool | Literal["auto"] = "auto"  # auto: where a compiler works
+    memory_budget: float = 1.0  # as in decompose.py
     naive: bool = True  # time and measure the naive step as well
     B: int = 0  # sequences a step; 0: that of the size
     T: int = 0  # tokens a sequence; 0: that of the size
@@ -59,7 +61,7 @@ def sizes(config: Config, C_factor: float = 1.0) -> tuple[decompose.Config, GPTC
         return max(1, round(n * config.scale / multiple_of)) * multiple_of
 
     run = replace(
-        run, B=config.B or run.B, T=config.T or run.T, compile=False, device=config.device,
+        run, B=config.B or run.B, T=config.T or run.T, compile=False, device=config.device, memory_budget=config.memory_budget,
         C=",".join(f"{pattern}={max(1, round(wide(C) * C_factor))}" for pattern, C in decompose.parse_C(run.C).items()),
         d_ci=wide(run.d_ci, 2 * run.n_head_ci), d_mlp_ci=wide(run.d_mlp_ci),
     )  # fmt: skip

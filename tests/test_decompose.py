@@ -1,5 +1,6 @@
 """The whole run at tiny size: the README's commands, resuming, the one backward pass, and every bad input of a user."""
 
+import contextlib
 import dataclasses
 import importlib.machinery
 import json
@@ -230,6 +231,19 @@ def test_naive_step_is_the_same_step(home):
     other, _ = tiny_vpd(home)
     naive = NaiveVPD(other.decomposition, other.ci_fn, other.config, tuple(x.shape), other.device)
     assert_same_step(naive, vpd, x)
+
+
+def test_bf16_autocast_stays_near_fp32(home, monkeypatch):
+    """As on a GPU, here on the CPU: after 50 steps from one state each loss is within 1 % of fp32's."""
+    rows = []
+    for precision in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        monkeypatch.setattr(decompose, "autocast", lambda device: precision)
+        vpd, x = tiny_vpd(home, steps=50)
+        for _ in range(50):
+            row = vpd.train_step(x)
+        rows.append({name: value.item() for name, value in row.items()})
+    fp32, bf16 = rows
+    assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.01)
 
 
 def test_auto_runs_eagerly_where_no_compiler_works(monkeypatch, capsys):
