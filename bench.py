@@ -109,29 +109,30 @@ def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
     """The parts of a step by themselves, each with its backward pass; together about a step."""
     c, f = vpd.config, vpd.decomposition
     with autocast(vpd.device):
-        target_output, *gs = (t.detach() for t in vpd.importances(x))
-    g, g_upper = (t.requires_grad_() for t in gs)
+        target_output, g, g_upper = (t.detach() for t in vpd.importances(x))
+    g.requires_grad_(), g_upper.requires_grad_()
     p, adv_lr = vpd.schedule()
     routing = torch.ones((c.S, *g.shape[:-1], f.L), dtype=torch.bool, device=vpd.device)
     r_stoch, r_grad = torch.rand_like(vpd.adversary.r), torch.rand_like(vpd.adversary.r)
 
-    def importances() -> None:
+    def gamma() -> None:
         with autocast(vpd.device):
-            _, g, g_upper = vpd.importances(x)
-        torch.autograd.backward((g, g_upper), (g.detach(), g_upper.detach()))
+            _, *gs = vpd.importances(x)
+        torch.autograd.backward(gs, [g.detach(), g_upper.detach()])
 
     def inner() -> None:
         def adversarial(r: Tensor) -> Tensor:
-            return vpd.reconstructions(f, x, target_output, g.detach(), [r], [routing], vpd.divergence, frozen=True)[0]
+            return vpd.reconstruction(f, x, target_output, g.detach(), r, routing, vpd.divergence, True)
 
         with autocast(vpd.device):
             for _ in range(c.n_adv - 1):
                 vpd.adversary.ascend(vpd.adversary.gradient(adversarial), adv_lr, vpd.adam_ascent)
 
     def reconstructions() -> None:
-        with autocast(vpd.device):
-            r = vpd.adversary.r.detach().requires_grad_()
-            sum(vpd.reconstructions(f, x, target_output, g, [r, r_stoch], [routing, routing], vpd.divergence)).backward()
+        for r in (vpd.adversary.r.detach().requires_grad_(), r_stoch):
+            with autocast(vpd.device):
+                loss = vpd.reconstruction(f, x, target_output, g, r, routing, vpd.divergence, False)
+            loss.backward()
 
     def updates() -> None:
         vpd.adversary.ascend(r_grad, adv_lr, vpd.adam_ascent)
@@ -140,7 +141,7 @@ def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
         vpd.optimizer.zero_grad()
 
     return {
-        "target pass and Gamma": importances,
+        "target pass and Gamma": gamma,
         f"{c.n_adv - 1} inner ascents": inner,
         "two reconstructions": reconstructions,
         "two minimalities": lambda: sum(vpd.minimality(g_upper, p, None, 1)).backward(),

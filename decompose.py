@@ -215,7 +215,7 @@ class VPD:
             options = {"cpp_wrapper": True}  # a small step is a thousand calls of microseconds: C++ makes them, not Python
         maybe_compile = (lambda f: torch.compile(f, dynamic=False, options=options)) if compiled else (lambda f: f)
         self.importances = maybe_compile(self.importances)
-        self.reconstructions = maybe_compile(losses.reconstructions)
+        self.reconstruction = maybe_compile(losses.reconstruction)
         self.minimality = maybe_compile(losses.minimality)
         self.faithfulness = maybe_compile(losses.faithfulness)
         self.adam_ascent = maybe_compile(losses.adam_ascent)
@@ -262,43 +262,52 @@ class VPD:
         for x, adversary in zip(x.chunk(c.accumulate), self.adversary.parts(c.accumulate)):
             with autocast(self.device):
                 target_output, g, g_upper = self.importances(x)
-                drawn = {}  # {reconstruction loss: (its coefficient, r, routing)}
+            leaf = g.detach().requires_grad_()  # gathers dL/dg of the reconstructions, so that Gamma has one backward pass
+            terms = {}
 
-                # The adversary ascends n_adv - 1 times on this batch: gradients for r alone.
-                if c.beta_adv > 0:
-                    # A tensor for `all` too: one shape of call, one graph to compile.
-                    routing = torch.ones((c.S, *g.shape[:-1], self.decomposition.L), dtype=torch.bool, device=self.device)
-                    if c.adv_routing == "subset":
-                        routing = losses.sample_routing((c.S, *g.shape[:-1]), self.decomposition.L, self.generator)
-
-                    def adversarial(r: Tensor) -> Tensor:
-                        return self.reconstructions(self.decomposition, x, target_output, g.detach(), [r], [routing], self.divergence, frozen=True)[0] / n_parts
-
-                    for _ in range(c.n_adv - 1):
-                        adversary.ascend(adversary.gradient(adversarial), adv_lr, self.adam_ascent)
-                    r = adversary.r.detach().requires_grad_()
-                    drawn["adversarial"] = c.beta_adv, r, routing
-                if c.beta_stoch > 0:
-                    r_stoch = losses.sample_sources((c.S, *g.shape[:-1], self.adversary.r.shape[-1]), self.generator)
-                    drawn["stochastic"] = c.beta_stoch, r_stoch, losses.sample_routing((c.S, *g.shape[:-1]), self.decomposition.L, self.generator)
-
-                # The five losses; both reconstructions go through the model as one batch.
-                terms = {}
-                if drawn:
-                    betas, sources, routings = zip(*drawn.values())
-                    D = self.reconstructions(self.decomposition, x, target_output, g, list(sources), list(routings), self.divergence)
-                    terms |= dict(zip(drawn, zip(betas, D)))
-                importance, frequency = self.minimality(g_upper, p, whole, n_parts)
-                terms["importance"] = c.beta_imp, importance
-                terms["frequency"] = c.beta_freq, frequency
-            terms["faithfulness"] = c.beta_delta, self.faithfulness(self.decomposition)  # in fp32: Delta^2 is far below bf16's steps
-            total = sum(beta * loss for beta, loss in terms.values())
-
-            # One backward pass: U, V and Gamma descend, r makes its last ascent.
-            (total / n_parts).backward()
+            # The adversary ascends n_adv - 1 times on this batch: gradients for r alone. Then its loss descends, and the same
+            # backward pass has r's gradient for the last ascent. Each loss goes backward as soon as it is there: that frees
+            # its activations for the next.
             if c.beta_adv > 0:
+                # A tensor for `all` too: one shape of call, one graph to compile.
+                routing = torch.ones((c.S, *g.shape[:-1], self.decomposition.L), dtype=torch.bool, device=self.device)
+                if c.adv_routing == "subset":
+                    routing = losses.sample_routing((c.S, *g.shape[:-1]), self.decomposition.L, self.generator)
+
+                def adversarial(r: Tensor, g: Tensor, frozen: bool) -> Tensor:
+                    with autocast(self.device):
+                        return losses.adversarial_reconstruction(
+                            self.decomposition, x, target_output, g, r, routing, self.divergence, frozen, self.reconstruction
+                        )
+
+                for _ in range(c.n_adv - 1):
+                    grad_r = adversary.gradient(lambda r: adversarial(r, g.detach(), frozen=True) / n_parts)
+                    adversary.ascend(grad_r, adv_lr, self.adam_ascent)
+                r = adversary.r.detach().requires_grad_()
+                loss = adversarial(r, leaf, frozen=False)
+                (c.beta_adv * loss / n_parts).backward()
                 adversary.ascend(r.grad / c.beta_adv, adv_lr, self.adam_ascent)
-            rows.append({name: loss.detach() for name, (_, loss) in terms.items()} | {"total": total.detach(), "l0": (g.detach() > 0).sum(-1).float().mean()})
+                terms["adversarial"] = c.beta_adv, loss.detach()
+                del loss, r
+
+            if c.beta_stoch > 0:
+                with autocast(self.device):
+                    loss = losses.stochastic_reconstruction(
+                        self.decomposition, x, target_output, leaf, self.generator, c.S, self.divergence, self.reconstruction
+                    )
+                (c.beta_stoch * loss / n_parts).backward()
+                terms["stochastic"] = c.beta_stoch, loss.detach()
+
+            # The penalties, and with them all that Gamma learns from.
+            importance, frequency = self.minimality(g_upper, p, whole, n_parts)
+            terms["importance"], terms["frequency"] = (c.beta_imp, importance), (c.beta_freq, frequency)
+            terms["faithfulness"] = c.beta_delta, self.faithfulness(self.decomposition)  # in fp32: Delta^2 is far below bf16's steps
+            penalties = sum(beta * loss for beta, loss in list(terms.values())[-3:])
+            grad_g = torch.zeros_like(g) if leaf.grad is None else leaf.grad
+            torch.autograd.backward([penalties / n_parts, g], [None, grad_g])
+
+            total = sum(beta * loss.detach() for beta, loss in terms.values())
+            rows.append({name: loss.detach() for name, (_, loss) in terms.items()} | {"total": total, "l0": (leaf.detach() > 0).sum(-1).float().mean()})
 
         self.adversary.count.copy_(adversary.count)  # each part ascended as often
         distributed.sum_([parameter.grad for parameter in self.replicated])  # a sharded one's is summed already

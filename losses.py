@@ -158,30 +158,11 @@ def reconstruction(
     x [B, ...]; target_output = f(x | W); g = g_lower [B, T, C]; r [S, B, T, C + L], or [S, 1, 1, C + L] for sources that the batch shares; routing bool [S, B, T, L], None masks every
     matrix. The S samples go through the model as one batch. frozen: no gradient for U and V.
     """
-    return reconstructions(decomposition, x, target_output, g, [r], None if routing is None else [routing], divergence, frozen)[0]
-
-
-def reconstructions(
-    decomposition: Decomposition,
-    x: Tensor,
-    target_output: Tensor,
-    g: Tensor,
-    sources: list[Tensor],
-    routings: list[Tensor] | None,
-    divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
-    frozen: bool = False,
-) -> list[Tensor]:
-    """[reconstruction(..., r, routing) for r, routing in zip(sources, routings)], as one batch of masked passes."""
-    m = torch.cat([mask(g, r).flatten(0, 1) for r in sources])  # [n * B, T, C + L], n the samples of all sources
-    routing = None if routings is None else torch.cat(routings).flatten(0, 1)
-    masked_output = decomposition(repeat(x, len(m) // len(x)), m, routing, frozen)
-    outputs = masked_output.split([len(r) * len(x) for r in sources])
-    return [divergence(repeat(target_output, len(r)), output) for r, output in zip(sources, outputs)]
-
-
-def repeat(x: Tensor, n: int) -> Tensor:
-    """[B, ...] to [n * B, ...], the whole batch n times."""
-    return x.repeat(n, *[1] * (x.dim() - 1)) if n > 1 else x
+    S = r.shape[0]
+    m = mask(g, r).flatten(0, 1)  # [S * B, T, C + L]
+    if S > 1:
+        x, target_output = (a.repeat(S, *[1] * (a.dim() - 1)) for a in (x, target_output))
+    return divergence(target_output, decomposition(x, m, None if routing is None else routing.flatten(0, 1), frozen))
 
 
 def stochastic_reconstruction(
@@ -192,14 +173,16 @@ def stochastic_reconstruction(
     generator: torch.Generator,
     S: int = 1,
     divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
+    reconstruct: Callable[..., Tensor] = reconstruction,
 ) -> Tensor:
     """L_stochastic-recon: fresh r ~ U(0, 1) at every position, masking a random subset of the matrices there.
 
-    Gradients to U, V and, through g, to Gamma. Arguments as `reconstruction`.
+    Gradients to U, V and, through g, to Gamma. Arguments as `reconstruction`; `reconstruct` is it, or its compiled twin.
     """
     L = decomposition.L
     r = sample_sources((S, *g.shape[:-1], g.shape[-1] + L), generator)
-    return reconstruction(decomposition, x, target_output, g, r, sample_routing((S, *g.shape[:-1]), L, generator), divergence)
+    routing = sample_routing((S, *g.shape[:-1]), L, generator)
+    return reconstruct(decomposition, x, target_output, g, r, routing, divergence)
 
 
 def adversarial_reconstruction(
@@ -211,16 +194,17 @@ def adversarial_reconstruction(
     routing: Tensor | None = None,
     divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
     frozen: bool = False,
+    reconstruct: Callable[..., Tensor] = reconstruction,
 ) -> Tensor:
     """L_adversarial-recon at the adversary's sources r, which stand in for the maximum over r.
 
     Gradients to U, V, Gamma and r: the same backward pass serves the descent and the last ascent of the step. With
-    `frozen` and a detached g, to r alone. Arguments as `reconstruction`.
+    `frozen` and a detached g, to r alone. Arguments as `reconstruction`; `reconstruct` is it, or its compiled twin.
 
     PAPER: the text masks a random subset of the matrices here too; the authors' released configuration masks all of them.
     Ours masks all unless `routing` says otherwise.
     """
-    return reconstruction(decomposition, x, target_output, g, r, routing, divergence, frozen)
+    return reconstruct(decomposition, x, target_output, g, r, routing, divergence, frozen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

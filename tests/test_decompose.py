@@ -226,7 +226,7 @@ def test_step_compiled_to_cpp_agrees_with_eager(home, memory_budget):
 
 
 def test_naive_step_is_the_same_step(home):
-    """No materialised Delta, one batch for two reconstructions, one backward pass, no logits: none of it changes a number."""
+    """No materialised Delta, no backward pass for the sources alone, no logits: none of it changes a number."""
     vpd, x = tiny_vpd(home)
     other, _ = tiny_vpd(home)
     naive = NaiveVPD(other.decomposition, other.ci_fn, other.config, tuple(x.shape), other.device)

@@ -227,14 +227,6 @@ def test_S_samples_are_averaged(decomposition, gpt, tokens, shape):
     close(together, sum(alone) / 3)
 
 
-def test_reconstructions_are_each_reconstruction(decomposition, gpt, tokens):
-    """Of sources with their own S, and of sources that the batch shares, in one batch of masked passes."""
-    g, sources = rand(3, 8, 52, seed=1), [rand(2, 3, 8, 64, seed=2), rand(1, 1, 1, 64, seed=3)]
-    routings = [losses.sample_routing((n, 3, 8), 12, generator(n)) for n in (2, 1)]
-    together = losses.reconstructions(decomposition, tokens, gpt(tokens), g, sources, routings)
-    close(together, [losses.reconstruction(decomposition, tokens, gpt(tokens), g, r, routing) for r, routing in zip(sources, routings)])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Where gradients flow
 
