@@ -72,8 +72,8 @@ def cost(config: "decompose.Config", gpt: GPTConfig, processes: int = 1, half: b
         "sources' update": 4 * 4 * n_sources * at_once if sources else 0,
         # z, g, g_upper and its powers, twice over (forward and backward); the blocks
         "Gamma's activations": at_once / config.S * (8 * 4 * total_C + a * gamma_activations),
-        # a reconstruction keeps m, m - m_Delta, x V and their product; W x, y and the inputs of every matrix
-        "masked passes": at_once * n_recon * ((3 * 4 + 2 * a) * total_C + a * (4 * d_outs + 2 * D)),
+        # a reconstruction keeps m, m - m_Delta, x V and their product; W x, y and the inputs of every matrix; one at a time
+        "masked passes": at_once * (n_recon > 0) * ((3 * 4 + 2 * a) * total_C + a * (4 * d_outs + 2 * D)),
         # of one chunk of positions: logits of target and masked model, their log-softmax and what is made of it in fp32
         "logits": min(at_once, HiddenKL.CHUNK) * vocab * (2 * a + 5 * 4),
     }
