@@ -490,7 +490,7 @@ class Config:
 def open_run(folder: str, data_dir: str, device: str) -> tuple[Run, data.Corpus]:
     """A run and its text. FileNotFoundError or ValueError as in load_run and data.load."""
     run = load_run(folder, pick_device(device))
-    corpus = data.load(run.config["dataset"], data_dir or run.config["data_dir"])
+    corpus = data.load(run.config["dataset"], data_dir or run.config["data_dir"], run.config.get("max_tokens", 0))
     check_vocabulary(run.folder, run.checkpoint["target"], corpus)
     return run, corpus
 

@@ -64,11 +64,15 @@ class Run:
     decomposition: Decomposition
     ci_fn: CITransformer
 
-    def importances(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """f(x | W) [B, T, vocab] and the causal importances g_lower [B, T, C] of tokens x [B, T]; no gradients."""
+    def importances_and_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """f(x | W) [B, T, vocab], the causal importances g_lower [B, T, C] of tokens x [B, T], and L x [B, T, d_in]; no gradients."""
         with torch.no_grad():
             target_output, inputs = self.decomposition.target_pass(x)
-            return target_output, lower_leaky(self.ci_fn(inputs), self.config["leak"])
+            return target_output, lower_leaky(self.ci_fn(inputs), self.config["leak"]), inputs
+
+    def importances(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first two of these."""
+        return self.importances_and_inputs(x)[:2]
 
 
 def load_run(folder: str | Path, device: torch.device) -> Run:
@@ -154,6 +158,21 @@ def compute_recovered(ce_gap: float, curve: list[list[float]]) -> float:
     return float((tokens[i - 1] + between * (tokens[i] - tokens[i - 1])) / tokens[-1])
 
 
+def mean_importances(run: Run, corpus: data.Corpus, config: Config) -> tuple[Tensor, Tensor]:
+    """Over all positions of the validation windows: mean g and the share with g > 0, of every subcomponent, [C] each.
+
+    A subcomponent is live if the first is above ALIVE; L0 is the sum of the second.
+    """
+    mean_g, l0 = torch.zeros(2, sum(run.decomposition.C.values()))
+    for i in range(0, config.windows, config.batch):
+        size = min(config.batch, config.windows - i)
+        x = corpus.batch("val", i // config.batch, size, run.config["T"], config.seed)[:, :-1]
+        _, g = run.importances(x.to(next(run.ci_fn.parameters()).device))
+        mean_g += g.mean((0, 1)).cpu() * size / config.windows
+        l0 += (g > 0).float().mean((0, 1)).cpu() * size / config.windows
+    return mean_g, l0
+
+
 def evaluate(run: Run, corpus: data.Corpus, config: Config) -> tuple[dict, dict[str, np.ndarray]]:
     """All numbers of the table: metrics, as metrics.json holds them, and the mean g [C_l] of every matrix.
 
@@ -168,13 +187,11 @@ def evaluate(run: Run, corpus: data.Corpus, config: Config) -> tuple[dict, dict[
     bar = tqdm(total=len(sizes) * (len(MODES) + sum(PGD_STEPS)), desc="evaluate", unit="pass", mininterval=1, leave=False)
 
     rows = []  # one {quantity: mean over the batch} a batch
-    mean_g, l0 = torch.zeros(sum(decomposition.C.values())), torch.zeros(sum(decomposition.C.values()))
+    mean_g, l0 = mean_importances(run, corpus, config)
     for i, size in enumerate(sizes):
         tokens = corpus.batch("val", i, size, T, config.seed).to(device)
         x, labels = tokens[:, :-1], tokens[:, 1:]
         target_output, g = run.importances(x)
-        mean_g += g.mean((0, 1)).cpu() * size / config.windows
-        l0 += (g > 0).float().mean((0, 1)).cpu() * size / config.windows
         row = {"ce:target": next_token_ce(target_output, labels)}
         for mode in MODES:
             m = masks(mode, g, L, generator)
