@@ -6,7 +6,7 @@
     torchrun --standalone --nproc_per_node=2 decompose.py    # two processes, the losses of one; --shard=True divides Gamma
 
 Trains the target first if there is none. Writes a run folder with config.json, metrics.jsonl (a line a logged step),
-checkpoint.pt, and, through eval.py, metrics.json, figures/ and generations.txt.
+checkpoint.pt, through eval.py metrics.json, figures/ and generations.txt, and through interpret.py report.html.
 
   A. Settings
   B. VPD         one step of the method: everything else in this file is set-up, logging and saving
@@ -126,12 +126,13 @@ class Config(Method):
     log_every: int = 20  # steps
     save_every: int = 1000  # steps
     eval_windows: int = 64  # validation sequences of T tokens
+    report_tokens: int = 131_072  # of validation text, that report.html is made of at the end; 0: no report
     wandb: str = ""  # project of Weights & Biases to mirror metrics.jsonl in; WANDB_MODE=offline is honoured
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "above 0", "d_ci", "n_head_ci", "d_mlp_ci", "T", "log_every", "save_every", "eval_windows")
-        require(self, "0 or above", "n_layer_ci", "max_tokens")
+        require(self, "0 or above", "n_layer_ci", "max_tokens", "report_tokens")
         if not 0 <= self.memory_budget <= 1:
             raise ValueError(f"memory_budget={self.memory_budget}: must lie between 0 and 1")
         if self.wandb and importlib.util.find_spec("wandb") is None:
@@ -154,7 +155,7 @@ PUBLISHED = dict(
     log_every=100, save_every=2000, max_tokens=15 * 10**8,
 )  # fmt: skip
 SCALES = {
-    "tiny": dict(steps=40, T=16, C="*=6", d_ci=16, n_head_ci=2, d_mlp_ci=16, faith_steps=20, log_every=5, save_every=10, eval_windows=2, compile=False),
+    "tiny": dict(steps=40, T=16, C="*=6", d_ci=16, n_head_ci=2, d_mlp_ci=16, faith_steps=20, log_every=5, save_every=10, eval_windows=2, report_tokens=512, compile=False),
     "laptop": {},
     "gpu": PUBLISHED | dict(
         beta_imp=5e-4, beta_freq=5e-5, beta_delta=1e6, lr=1e-4, C="*.q=512,*.k=256,*.v=1024,*.o=1024,*.up=4096,*.down=3072",
@@ -166,7 +167,7 @@ SCALES = {
 
 # Settings that may change when a run is resumed. `steps` is one of them, but not without effect: p and the learning rates are
 # from then on those of a run of the new length. The device is checked apart.
-MAY_CHANGE = ("steps", "log_every", "save_every", "eval_windows", "wandb", "data_dir", "device", "resume")
+MAY_CHANGE = ("steps", "log_every", "save_every", "eval_windows", "report_tokens", "wandb", "data_dir", "device", "resume")
 
 
 def parse_C(text: str) -> dict[str, int]:
@@ -535,7 +536,12 @@ def main(config: Config) -> None:
     if mirror:
         mirror.finish()
     if first:
-        evaluation.report(evaluation.load_run(folder, device), evaluation.Config(str(folder), windows=config.eval_windows))
+        run = evaluation.load_run(folder, device)
+        metrics = evaluation.report(run, evaluation.Config(str(folder), windows=config.eval_windows))
+        if config.report_tokens and metrics["live"]["total"]:
+            import interpret  # here, as everything before works without it
+
+            interpret.report(run, corpus, interpret.Config(str(folder), tokens=config.report_tokens))
 
 
 if __name__ == "__main__":

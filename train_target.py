@@ -54,8 +54,8 @@ def run_script(main: Callable[[Any], None], Config: type, doc: str | None, defau
     """
     import tyro
 
-    # Flag conversion off: booleans are written --compile=False, never --no-compile.
-    style = (tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs)
+    # Flag conversion off: booleans are written --compile=False, never --no-compile. Append: a flag for a list is given once an item.
+    style = (tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs, tyro.conf.UseAppendAction)
     said = io.StringIO()
     try:
 

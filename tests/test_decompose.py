@@ -28,7 +28,7 @@ from ci_fn import lower_leaky
 compile_with = torch.compile
 ROOT = Path(__file__).parent.parent
 TINY_TARGET = dict(steps=12, B=4, T=16, d_model=16, n_head=2, d_mlp=32, val_every=4, val_windows=8)
-TINY = dict(steps=8, B=2, T=16, C="*=6", d_ci=16, n_head_ci=2, d_mlp_ci=16, faith_steps=3, log_every=1, save_every=4, eval_windows=2, compile=False)
+TINY = dict(steps=8, B=2, T=16, C="*=6", d_ci=16, n_head_ci=2, d_mlp_ci=16, faith_steps=3, log_every=1, save_every=4, eval_windows=2, report_tokens=0, compile=False)
 
 
 def flags(settings: dict) -> list[str]:
@@ -75,12 +75,13 @@ def tensors(tree) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(home) -> Path:
-    decompose.main(config(out="whole"))
+    decompose.main(config(out="whole", report_tokens=64))
     return home / "whole"
 
 
 def test_run_folder(whole):
-    assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.jsonl", "metrics.json", "checkpoint.pt", "figures", "generations.txt"}
+    files = {"config.json", "metrics.jsonl", "metrics.json", "checkpoint.pt", "figures", "generations.txt", "report.html", "labels.jsonl"}
+    assert {p.name for p in whole.iterdir()} == files
     assert {p.name for p in (whole / "figures").iterdir()} == {"losses.png", "spectrum.png", "importances.png", "ablations.png"}
     about = json.loads((whole / "config.json").read_text())
     assert about["steps"] == TINY["steps"] and about["versions"]["torch"] == torch.__version__ and about["command"] and about["hardware"]
