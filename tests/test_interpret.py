@@ -18,13 +18,14 @@ from torch import nn
 import data
 import decompose
 import eval as evaluation
+import harvest
 import interpret
 from model import rms_norm
 from test_decompose import config, home  # noqa: F401  a tiny run
 from train_target import run_script
 
 T, WINDOWS = 8, 150  # several batches
-C = interpret.CONTEXT
+C = harvest.CONTEXT
 NASTY = ["</script>", "<img src=x onerror=alert(1)>", "&amp;", "😀", "\x07", "\u202e", "\u200b", "שלום", "self", " self", "\n" + 7 * " ", "{{data}}", "<!--", "'\"\\"]
 
 
@@ -82,7 +83,7 @@ def slow(case):
 
 def test_harvest_against_all_tokens_at_once(case, slow):
     tokens, predicted, g, a, live = slow
-    h, N = interpret.harvest(*case, live, 10**6, 5, seed=1), len(tokens)
+    h, N = harvest.harvest(*case, live, 10**6, 5, seed=1), len(tokens)
     fires = g > 0
     assert len(live) == 51 and 0.05 < fires.mean() < 0.5, "the case should be neither empty nor full"
     assert h.N == N and (h.live == live).all()
@@ -91,11 +92,11 @@ def test_harvest_against_all_tokens_at_once(case, slow):
     assert np.allclose(h.largest_a, abs(a).max(0), rtol=1e-5)
     for c in range(len(live)):
         low, high = h.a_range[c]
-        edges = np.linspace(low, high, interpret.BINS + 1)
+        edges = np.linspace(low, high, harvest.BINS + 1)
         for found, values in ((h.histogram_a[c], a[:, c]), (h.histogram_a_fires[c], a[fires[:, c], c])):
             expected = np.histogram(values.clip(low, high), edges)[0]
             assert found.sum() == len(values) and abs(found - expected).sum() <= 2, "one value may lie on an edge"
-        expected = np.histogram(g[fires[:, c], c], np.linspace(0, 1, interpret.BINS + 1))[0]
+        expected = np.histogram(g[fires[:, c], c], np.linspace(0, 1, harvest.BINS + 1))[0]
         assert h.histogram_g[c].sum() == fires[:, c].sum() and abs(h.histogram_g[c] - expected).sum() <= 2
         for found, of in ((h.input, tokens), (h.predicted, predicted)):
             assert (found[[c]].toarray()[0] == np.bincount(of[fires[:, c]], minlength=50)).all()
@@ -104,7 +105,7 @@ def test_harvest_against_all_tokens_at_once(case, slow):
 
 def test_top_examples_are_the_best_of_every_window(case, slow):
     tokens, _, g, a, live = slow
-    h = interpret.harvest(*case, live, 10**6, 5, seed=1)
+    h = harvest.harvest(*case, live, 10**6, 5, seed=1)
     score = np.where(g > 0, g * abs(a), -np.inf).reshape(WINDOWS, T, -1)
     for c in range(len(live)):
         best, seen = score[..., c].max(1), set()
@@ -131,7 +132,7 @@ def position_of(h, c: int, j: int) -> int:
 
 def test_random_examples_fire_and_differ(case, slow):
     _, _, g, _, live = slow
-    h = interpret.harvest(*case, live, 10**6, 12, seed=1)
+    h = harvest.harvest(*case, live, 10**6, 12, seed=1)
     for c in range(len(live)):
         drawn = [position_of(h, c, j) for j in range(int(h.random.priority[c].isfinite().sum()))]
         assert len(set(drawn)) == len(drawn) == min(12, (g[:, c] > 0).sum())
@@ -144,7 +145,7 @@ def test_the_reservoir_is_even_over_the_stream(case):
     run.ci_fn.constant = 1.0
     drawn = np.zeros(WINDOWS * T)
     for seed in range(10):
-        h = interpret.harvest(run, corpus, np.arange(1, 52), 10**6, 12, seed)
+        h = harvest.harvest(run, corpus, np.arange(1, 52), 10**6, 12, seed)
         for c, j in itertools.product(range(51), range(12)):
             drawn[position_of(h, c, j)] += 1
     expected = drawn.sum() / len(drawn)
@@ -154,10 +155,10 @@ def test_the_reservoir_is_even_over_the_stream(case):
 
 def test_recall_and_pmi_against_their_definitions(case, slow):
     tokens, predicted, g, _, live = slow
-    h, N = interpret.harvest(*case, live, 10**6, 2, seed=1), len(tokens)
+    h, N = harvest.harvest(*case, live, 10**6, 2, seed=1), len(tokens)
     for counts, total, of in ((h.input, h.input_total, tokens), (h.predicted, h.predicted_total, predicted)):
         for by in ("recall", "pmi"):
-            table = interpret.token_table(counts, h.fires, total, N, by)
+            table = harvest.token_table(counts, h.fires, total, N, by)
             for c in range(len(live)):
                 on, rows = g[:, c] > 0, []
                 for token in set(of[on].tolist()):
@@ -167,8 +168,8 @@ def test_recall_and_pmi_against_their_definitions(case, slow):
                         rows.append({"token": token, "count": both, "recall": both / on.sum(), "pmi": pmi})
                 rows.sort(key=lambda row: -row[by])
                 kept = table["count"][c] > 0
-                assert kept.sum() == min(interpret.TOP, len(rows))
-                assert np.allclose(table[by][c][kept], [row[by] for row in rows[: interpret.TOP]])
+                assert kept.sum() == min(harvest.TOP, len(rows))
+                assert np.allclose(table[by][c][kept], [row[by] for row in rows[: harvest.TOP]])
                 of_token = {row["token"]: row for row in rows}
                 for i in np.flatnonzero(kept):
                     row = of_token[table["token"][c, i]]
@@ -178,14 +179,14 @@ def test_recall_and_pmi_against_their_definitions(case, slow):
 def test_coactive_by_hand_and_by_brute_force(case, slow):
     # Two matrices of two: 0 fires at {0, 1, 2}, 1 at {0, 1}, 2 at {2, 3}, 3 never.
     together = np.array([[3, 2, 1, 0], [2, 2, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]])
-    place, overlap = interpret.coactive(together, together.diagonal(), np.array([0, 0, 1, 1]), 2)
+    place, overlap = harvest.coactive(together, together.diagonal(), np.array([0, 0, 1, 1]), 2)
     assert place[0, :, 0].tolist() == [1, 2] and overlap[0, :, 0].tolist() == [2 / 3, 1 / 4]
     assert place[1, :, 0].tolist() == [0, -1] and (place[:, :, 1:] == -1).all() and (place[3] == -1).all()
     _, _, g, _, live = slow
     run, corpus = case
-    h, L = interpret.harvest(run, corpus, live, 10**6, 2, seed=1), run.decomposition.L
-    matrix = np.repeat(np.arange(L), [len(c) for c in interpret.columns_of(live, run.decomposition.C)])
-    place, overlap = interpret.coactive(h.together, h.fires, matrix, L)
+    h, L = harvest.harvest(run, corpus, live, 10**6, 2, seed=1), run.decomposition.L
+    matrix = np.repeat(np.arange(L), [len(c) for c in harvest.columns_of(live, run.decomposition.C)])
+    place, overlap = harvest.coactive(h.together, h.fires, matrix, L)
     on = g > 0
     for c, l in itertools.product(range(len(live)), range(L)):
         found = {int(i): o for i, o in zip(place[c, l], overlap[c, l]) if i >= 0}
@@ -196,11 +197,11 @@ def test_coactive_by_hand_and_by_brute_force(case, slow):
 def test_norms_of_heads_and_promoted_tokens(case, slow):
     run, corpus = case
     D, live = run.decomposition, slow[4]
-    columns = interpret.columns_of(live, D.C)
-    whole, heads = interpret.norms(run, columns)
+    columns = harvest.columns_of(live, D.C)
+    whole, heads = harvest.norms(run, columns)
     owner = [(name, int(c)) for name, numbers in zip(D.names, columns) for c in numbers]
     mean_a = np.linspace(-2, 2, len(live))
-    token, logits = interpret.promoted(run, columns, mean_a, 0.5)
+    token, logits = harvest.promoted(run, columns, mean_a, 0.5)
     for i, (name, c) in enumerate(owner):
         U, V = D.U[name][:, c].detach(), D.V[name][:, c].detach()
         assert whole[i] == pytest.approx(torch.linalg.matrix_norm(torch.outer(U, V)).item(), rel=1e-5)
@@ -225,7 +226,7 @@ def test_rms_is_of_the_last_residual(case):
     hook = target.blocks[-1].register_forward_hook(lambda block, args, y: seen.append(y))
     target(torch.from_numpy(corpus.tokens["val"].reshape(WINDOWS, T).astype(np.int64)))
     hook.remove()
-    h = interpret.harvest(run, corpus, live_of(run, corpus), 10**6, 2, seed=1)
+    h = harvest.harvest(run, corpus, live_of(run, corpus), 10**6, 2, seed=1)
     assert h.rms_inverse == pytest.approx((1 / seen[0].square().mean(-1).sqrt()).mean().item(), rel=1e-4)
 
 
@@ -271,7 +272,7 @@ def test_page_holds_the_harvest(case, slow, capsys):
     page, arrays = unpack(path)
     assert page["N"] == len(tokens) and (arrays["live"] == live).all() and (arrays["fires"] == (g > 0).sum(0)).all()
     assert np.allclose(arrays["mean_g"], g.mean(0), rtol=1e-3) and np.allclose(arrays["largest_a"], abs(a).max(0), rtol=1e-3)
-    assert [m["live"] for m in page["matrices"]] == [len(c) for c in interpret.columns_of(live, run.decomposition.C)]
+    assert [m["live"] for m in page["matrices"]] == [len(c) for c in harvest.columns_of(live, run.decomposition.C)]
     assert sum(m["l0"] for m in page["matrices"]) == pytest.approx(evaluation.mean_importances(run, corpus, evaluation.Config("", windows=20))[1].sum().item())
     assert page["tokens"][:8] == ["</script>", "<img src=x onerror=alert(1)>", "&amp;", "😀", "␇", "⟨202E⟩", "⟨200B⟩", "שלום"] and page["tokens"][10] == "⏎       "
     kept = arrays["random_g"].reshape(len(live), 10, -1)[:, 0, C]
