@@ -62,11 +62,11 @@ def main(config: Config) -> None:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(config.keep or folder) / str(live)
             synthetic = replace(run, folder=Path(folder), decomposition=D, ci_fn=Gamma(inputs, live, generator))
-            began = time.time()
+            began, busy = time.time(), time.process_time()
             with torch.enable_grad():
                 path = interpret.report(synthetic, corpus, interpret.Config("", tokens=config.tokens, out=str(out)))
-            seconds, gigabytes = time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(f"{live:6,d} subcomponents: {seconds:6.1f} s, {path.stat().st_size / 1e6:5.1f} MB, peak memory {gigabytes:.2f} GiB")
+            seconds, busy, gigabytes = time.time() - began, time.process_time() - busy, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(f"{live:6,d} subcomponents: {seconds:6.1f} s, {busy:6.1f} s of CPU, {path.stat().st_size / 1e6:5.1f} MB, peak memory {gigabytes:.2f} GiB")
 
 
 if __name__ == "__main__":
