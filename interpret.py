@@ -290,7 +290,7 @@ def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
     names = live_names(run, live)
     labels = read_labels(config.labels, names) if config.labels else {}
     kept = folder / "labels.jsonl"
-    if not config.labels and kept.is_file() and any('"label": ""' not in line for line in kept.read_text(encoding="utf-8").splitlines()):
+    if not config.labels and kept.is_file() and any(line.strip() and '"label": ""' not in line for line in kept.open(encoding="utf-8")):
         raise ValueError(f"{kept} holds labels: give --labels={kept} to keep and show them, or move it away")
     prompts = read_prompts(run, corpus, config.prompt, config.val_prompts, config.seed)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import cluster
 import data
 import decompose
 import eval as evaluation
@@ -359,6 +360,17 @@ def test_command_with_two_prompts_and_a_folder(in_home, monkeypatch, capsys):
     assert "open seen/here/report.html" in capsys.readouterr().out
     assert [prompt["own"] for prompt in page["prompts"]] == [True, True, False] and page["metrics"] is None and page["N"] == 208
     assert "".join(page["tokens"][t] for t in page["prompts"][0]["tokens"]) == "x = ("
+
+
+def test_a_run_is_opened_with_the_tokens_it_was_made_of(in_home, monkeypatch):
+    checkpoint = torch.load(in_home / "looked/checkpoint.pt", weights_only=True)
+    checkpoint["config"]["max_tokens"] = 1234
+    (in_home / "limited").mkdir()
+    torch.save(checkpoint, in_home / "limited/checkpoint.pt")
+    asked, load = [], data.load
+    monkeypatch.setattr(data, "load", lambda dataset, folder, max_tokens=0: asked.append(max_tokens) or load(dataset, folder))
+    cluster.open_run("limited", "", "cpu")
+    assert asked == [1234]
 
 
 def test_decompose_ends_with_the_report(in_home, capsys):
