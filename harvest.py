@@ -21,6 +21,7 @@ from eval import Run
 
 CONTEXT = 20  # tokens shown on each side of an example
 BINS = 40  # of a histogram
+PAIRS_EVERY = 32_768  # tokens after which pairs are counted
 TOP = 10  # rows of a table of tokens; co-active subcomponents of a matrix
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,6 +126,32 @@ def one_hot(tokens: np.ndarray, vocab: int) -> sp.csr_matrix:
     return sp.csr_matrix((np.ones(len(tokens), np.int32), tokens, np.arange(len(tokens) + 1)), shape=(len(tokens), vocab))
 
 
+def count(g: np.ndarray, a: np.ndarray, fires: np.ndarray, a_range: np.ndarray) -> dict[str, np.ndarray]:
+    """What a Harvest adds up of each subcomponent by itself, of one batch; g, a, fires [P, n]."""
+    scale = (BINS / (a_range[:, 1] - a_range[:, 0])).astype(np.float32)
+    bin_a = ((a - a_range[:, 0]) * scale).clip(0, BINS - 1).astype(np.int64)
+    return {
+        "fires": fires.sum(0), "sum_g": g.sum(0, dtype=np.float64), "sum_a": (a * fires).sum(0, dtype=np.float64),
+        "histogram_g": count_bins((np.ceil(g * BINS) - 1).clip(0).astype(np.int64), fires),
+        "histogram_a": count_bins(bin_a), "histogram_a_fires": count_bins(bin_a, fires),
+    }  # fmt: skip
+
+
+def count_pairs(pending: list[tuple[sp.csr_matrix, np.ndarray, np.ndarray]], vocab: int) -> dict:
+    """And of pairs, of several batches at once, as this costs n^2 each time: (fires [P, n], tokens [P], predicted [P]) of each."""
+    fires, tokens, predicted = zip(*pending)
+    fires, tokens, predicted = sp.vstack(fires, format="csr"), np.concatenate(tokens), np.concatenate(predicted)
+    return {
+        "together": coactivation(fires), "input": (fires.T @ one_hot(tokens, vocab)).tocsr(), "predicted": (fires.T @ one_hot(predicted, vocab)).tocsr(),
+        "input_total": np.bincount(tokens, minlength=vocab), "predicted_total": np.bincount(predicted, minlength=vocab),
+    }  # fmt: skip
+
+
+def add(total: dict, new: dict) -> None:
+    for name, value in new.items():
+        total[name] = total[name] + value if name in total else value
+
+
 @torch.no_grad()
 def harvest(run: Run, corpus: data.Corpus, live: np.ndarray, n_tokens: int, k: int, seed: int) -> Harvest:
     """One pass over the text with k top and k random examples of each subcomponent. Memory: n^2, n * vocab and n * k, whatever N is."""
@@ -133,7 +160,8 @@ def harvest(run: Run, corpus: data.Corpus, live: np.ndarray, n_tokens: int, k: i
     batch = max(1, min(64, 2**24 // (n * T)))  # windows: g and a are [batch * T, n]
     columns, generator = columns_of(live, run.decomposition.C), torch.Generator().manual_seed(seed)
     of_live = torch.from_numpy(live).to(device)
-    N, rms_inverse, h, largest_a = 0, 0.0, None, np.zeros(n)
+    N, rms_inverse, a_range, largest_a = 0, 0.0, None, np.zeros(n)
+    h, pending = {}, []  # counts so far; what count_pairs has not seen yet
     top, random = Examples(n, k), Examples(n, k)
 
     def see_residual(block, args, y: Tensor) -> None:
@@ -152,23 +180,20 @@ def harvest(run: Run, corpus: data.Corpus, live: np.ndarray, n_tokens: int, k: i
             keys = torch.rand(fires.shape, generator=generator).masked_fill(~fires, -torch.inf)  # the k largest of even keys are an even draw
             random.offer(*(part.T for part in keys.topk(min(k, len(keys)), 0)), x, g, a)
 
-            F, x, guess = sp.csr_matrix(fires.numpy(), dtype=np.int32), x.numpy().ravel(), output.argmax(-1).cpu().numpy().ravel()
             flat_g, flat_a, fires = g.flatten(0, 1).numpy(), a.flatten(0, 1).numpy(), fires.numpy()
-            if h is None:
+            if a_range is None:
                 low, high = np.minimum(flat_a.min(0), 0), np.maximum(flat_a.max(0), 0)
-                a_range = np.stack((low, high), 1) + 0.1 * (high - low + 1e-9)[:, None] * np.array([-1, 1])
-            bin_a = ((flat_a - a_range[:, 0]) / (a_range[:, 1] - a_range[:, 0]) * BINS).clip(0, BINS - 1).astype(np.int64)
-            new = {
-                "fires": fires.sum(0), "sum_g": flat_g.sum(0, dtype=np.float64), "sum_a": (flat_a * fires).sum(0, dtype=np.float64),
-                "histogram_g": count_bins((np.ceil(flat_g * BINS) - 1).clip(0).astype(np.int64), fires),
-                "histogram_a": count_bins(bin_a), "histogram_a_fires": count_bins(bin_a, fires), "together": coactivation(F),
-                "input": (F.T @ one_hot(x, vocab)).tocsr(), "predicted": (F.T @ one_hot(guess, vocab)).tocsr(),
-                "input_total": np.bincount(x, minlength=vocab), "predicted_total": np.bincount(guess, minlength=vocab),
-            }  # fmt: skip
+                a_range = np.stack((1.1 * low - 0.1 * high - 1e-9, 1.1 * high - 0.1 * low + 1e-9), 1)
+            add(h, count(flat_g, flat_a, fires, a_range))
             largest_a = np.maximum(largest_a, np.abs(flat_a).max(0))
-            h = new if h is None else {name: h[name] + value for name, value in new.items()}
-            N += len(x)
-            bar.update(len(x))
+            pending.append((sp.csr_matrix(fires, dtype=np.int32), x.numpy().ravel(), output.argmax(-1).cpu().numpy().ravel()))
+            if sum(len(tokens) for _, tokens, _ in pending) >= PAIRS_EVERY:
+                add(h, count_pairs(pending, vocab))
+                pending = []
+            N += x.numel()
+            bar.update(x.numel())
+        if pending:
+            add(h, count_pairs(pending, vocab))
     finally:
         hook.remove()
         bar.close()
