@@ -2,7 +2,7 @@
 
     python bench.py                                        # the default run's size; two minutes on 2 CPU cores, mostly compiling
     python bench.py --B=16                                 # the same with 16 sequences a step
-    python bench.py --B=16 --memory_budget=0.4             # in two thirds of the memory
+    python bench.py --B=16 --memory_budget=0.5             # in two thirds of the memory
     python bench.py --size=paper4                          # the published size, for a GPU
     python bench.py --size=paper4 --scale=0.06 --B=2 --T=64    # the same shapes, small enough for a laptop
     python bench.py --sweep=assets/scaling.png             # step and memory against C, T and B
