@@ -42,7 +42,7 @@ class Config:
     B: int = 0  # sequences a step; 0: that of the size
     T: int = 0  # tokens a sequence; 0: that of the size
     scale: float = 1.0  # factor on widths, C and the vocabulary
-    sweep: str = ""  # write this figure instead: step and memory at half, once and twice the size in C, T and B
+    sweep: str = ""  # write this figure instead: step and memory at once, twice and four times the size in C, T and B
     json: bool = False  # print one line of JSON and nothing else
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 

@@ -301,11 +301,11 @@ class VPD:
 
             # The penalties, and with them all that Gamma learns from.
             importance, frequency = self.minimality(g_upper, p, whole, n_parts)
-            terms["importance"], terms["frequency"] = (c.beta_imp, importance), (c.beta_freq, frequency)
-            terms["faithfulness"] = c.beta_delta, self.faithfulness(self.decomposition)  # in fp32: Delta^2 is far below bf16's steps
-            penalties = sum(beta * loss for beta, loss in list(terms.values())[-3:])
+            penalties = {"importance": (c.beta_imp, importance), "frequency": (c.beta_freq, frequency)}
+            penalties["faithfulness"] = c.beta_delta, self.faithfulness(self.decomposition)  # in fp32: Delta^2 is far below bf16's steps
             grad_g = torch.zeros_like(g) if leaf.grad is None else leaf.grad
-            torch.autograd.backward([penalties / n_parts, g], [None, grad_g])
+            torch.autograd.backward([sum(beta * loss for beta, loss in penalties.values()) / n_parts, g], [None, grad_g])
+            terms |= penalties
 
             total = sum(beta * loss.detach() for beta, loss in terms.values())
             rows.append({name: loss.detach() for name, (_, loss) in terms.items()} | {"total": total, "l0": (leaf.detach() > 0).sum(-1).float().mean()})
@@ -437,7 +437,7 @@ def build(config: Config, target_checkpoint: dict, device: torch.device) -> tupl
     ci_fn = CITransformer(**gamma)
     half = not isinstance(autocast(device), contextlib.nullcontext)
     ci_fn = distributed.shard(ci_fn, ci_fn.units(), device, half) if config.shard else ci_fn.to(device)
-    torch._functorch.config.activation_memory_budget = config.memory_budget
+    torch._functorch.config.activation_memory_budget = config.memory_budget  # for all that is compiled from here on
     return VPD(decomposition, ci_fn, config, (config.B // distributed.world(), config.T), device, losses.HiddenKL(target.unembedding), wants_compile(config, device)), gamma
 
 

@@ -252,7 +252,7 @@ def promoted(run: Run, columns: list[np.ndarray], mean_a: np.ndarray, rms_invers
         mean_a * E U_c / ||U_c|| / RMS(residual stream), less the mean over the vocabulary, which no softmax sees.
     The normalisation before E has no weights and is taken as fixed; later blocks are left out.
     """
-    E, D, start = run.decomposition.target.embed.weight, run.decomposition, 0
+    E, D, start = run.decomposition.target.unembedding, run.decomposition, 0
     token, logits = np.zeros((len(mean_a), 2, TOP), np.int64), np.zeros((len(mean_a), 2, TOP))
     for name, numbers in zip(D.names, columns):
         if name.endswith((".o", ".down")) and len(numbers):
