@@ -34,7 +34,6 @@ class FeatureToy(nn.Module):
 
     p = 0.05  # probability that a feature is on
     low = 0.0  # its values are U(low, 1)
-    dense_share = 0.5  # of the probes, that a piece of a dense matrix is wanted on at least
     importance: dict[str, tuple[str, int]]  # of each matrix: ("identity", n) one piece a feature, or ("dense", k) k pieces at once
 
     def batch(self, B: int, generator: torch.Generator) -> Tensor:
@@ -99,7 +98,6 @@ class ResidMLP(FeatureToy):
     """
 
     p, low = 0.01, -1.0
-    dense_share = 0.25  # a piece of mlp_out may read one neuron, whose ReLU is shut at about half of the probes
 
     def __init__(self, n: int, n_layer: int, d_mlp: int, d: int = 1000) -> None:
         super().__init__()
