@@ -15,7 +15,7 @@ frequency, cost curve), <run>/clusters.txt (tokens at which each component is on
   F. The run
 
 Left out: merge samplers other than by rank, importances that are not binarised. What components are worth, and
-whether another run finds them too: components.py.
+whether another run finds them too: studies/components.py.
 """
 
 import json
@@ -33,7 +33,8 @@ from torch import Tensor
 
 import data
 from eval import Run, layer_of, load_run, save_figure
-from train_target import check_vocabulary, pick_device, run_script, written
+from run import pick_device, run_script, written
+from train_target import check_vocabulary
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. The cost

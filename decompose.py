@@ -6,7 +6,7 @@
     torchrun --standalone --nproc_per_node=2 decompose.py    # two processes, the losses of one; --shard=True divides Gamma
 
 Trains the target first if there is none. Writes a run folder with config.json, metrics.jsonl (a line a logged step),
-checkpoint.pt, through eval.py metrics.json, figures/ and generations.txt, and through interpret.py report.html.
+checkpoint.pt, through eval.py metrics.json, figures/ and generations.txt, and through studies/report.py report.html.
 
   A. Settings
   B. VPD         one step of the method: everything else in this file is set-up, logging and saving
@@ -39,17 +39,18 @@ import losses
 import train_target
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 from model import Decomposition, GPTConfig
-from train_target import (
-    autocast, build_target, check_resumable, check_unchanged, check_vocabulary, cosine, cut_log, interruptible, load_checkpoint, log_line, pick_device,
-    progress_bar, resumed_settings, run_script, save, write_config,
+from run import (
+    autocast, check_unchanged, cut_log, interruptible, load_checkpoint, log_line, pick_device, progress_bar, resumed_settings,
+    run_script, save, write_config,
 )  # fmt: skip
+from train_target import build_target, check_resumable, check_vocabulary, cosine
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Settings
 
 
 TIMED = 10  # steps that are timed, after as many untimed ones, to say how long the run will take
-CPU_COMPILE_PAYS = 5_500  # steps from which torch.compile, under two minutes at the default size, is earned back (python bench.py)
+CPU_COMPILE_PAYS = 5_500  # steps from which torch.compile, under two minutes at the default size, is earned back (python -m bench.step)
 
 
 @dataclass(frozen=True)
@@ -466,7 +467,7 @@ def main(config: Config) -> None:
             corpus.batch(split, 0, 1, config.T)  # too short a text ends here
         target_checkpoint = resumed["target"] if resumed else target_of(config, corpus)
     began = time.time() - (resumed["seconds"] if resumed else 0)
-    import estimate  # here, as it reads this file's settings
+    from bench import estimate  # here, as it reads this file's settings
 
     estimate.report(config, GPTConfig(**target_checkpoint["gpt"]), device, distributed.world(), half=not isinstance(autocast(device), contextlib.nullcontext))
     vpd, gamma = build(config, target_checkpoint, device)
@@ -539,9 +540,9 @@ def main(config: Config) -> None:
         run = evaluation.load_run(folder, device)
         metrics = evaluation.report(run, evaluation.Config(str(folder), windows=config.eval_windows))
         if config.report_tokens and metrics["live"]["total"]:
-            import interpret  # here, as everything before works without it
+            from studies import report  # here, as everything before works without it
 
-            interpret.report(run, corpus, interpret.Config(str(folder), tokens=config.report_tokens))
+            report.report(run, corpus, report.Config(str(folder), tokens=config.report_tokens))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ import data
 from ci_fn import CITransformer, lower_leaky
 from losses import faithfulness, kl_divergence, mask, reconstruction, sample_sources
 from model import Decomposition, generate
-from train_target import build_target, check_vocabulary, load_checkpoint, next_token_ce, pick_device, read_log, run_script, written
+from run import load_checkpoint, pick_device, read_log, run_script, written
+from train_target import build_target, check_vocabulary, next_token_ce
 
 ALIVE = 1e-6  # a subcomponent is live if its mean g over the evaluation text is above this
 PGD_STEPS = (20, 40, 80, 160, 320)

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
-import estimate
+from bench import step as bench
+from bench import estimate
 from model import GPTConfig
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "bench.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "bench.step", *flags], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_sizes_are_the_published_ones():

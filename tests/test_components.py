@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import cluster
-import components
+from studies import components
 import decompose
 import losses
-from bench_cluster import planted
-from components import Components, OwnMasks, adjusted_rand, hamming_distance, interaction_shares, pair_distance
+from bench.clustering import planted
+from studies.components import Components, OwnMasks, adjusted_rand, hamming_distance, interaction_shares, pair_distance
 from eval import adversarial_sources
 from model import Decomposition
 from test_cluster import home, whole  # noqa: F401  a tiny run

@@ -13,7 +13,9 @@ import torch
 import zstandard
 
 import data
-from data import Corpus, bpe_encoding, learn_bpe
+import tokenise
+from data import Corpus
+from tokenise import bpe_encoding, learn_bpe
 
 DOCUMENTS = [f"This is document number {i}, about café {i * i} 🙂.\n" for i in range(200)]
 
@@ -106,13 +108,13 @@ def test_end_of_text_is_the_last_id():
 
 
 def test_the_standard_library_gets_a_learnt_bpe_unasked(capsys):
-    assert data.choose_encoding("stdlib", "ab ab ab").n_vocab == 259
+    assert tokenise.choose_encoding("stdlib", "ab ab ab").n_vocab == 259
     assert capsys.readouterr().out == ""
 
 
 def test_other_text_gets_gpt2_where_it_can_be_had(tmp_path, monkeypatch):
     ranks = {bytes([b]): b for b in range(256)}
-    pretend = tiktoken.Encoding("gpt2", pat_str=data.WORDS, mergeable_ranks=ranks, special_tokens={data.END_OF_TEXT: 256})
+    pretend = tiktoken.Encoding("gpt2", pat_str=data.WORDS, mergeable_ranks=ranks, special_tokens={tokenise.END_OF_TEXT: 256})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": pretend}[name])
     corpus = data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
     assert corpus.encoding is pretend
@@ -158,7 +160,7 @@ def test_no_copy_of_a_validation_document_is_trained_on(tmp_path):
 
 
 def test_no_copy_even_where_the_hash_leaves_validation_empty(tmp_path):
-    train_only = [d for d in DOCUMENTS if not data.is_validation(d)][:3]
+    train_only = [d for d in DOCUMENTS if not tokenise.is_validation(d)][:3]
     corpus = data.load(write(tmp_path, ".jsonl", [*train_only, train_only[0]]), tmp_path / "data")
     assert read(corpus, "val")
     assert not set(read(corpus, "train")) & set(read(corpus, "val"))
@@ -226,7 +228,7 @@ def test_damaged_token_files_are_made_anew(tmp_path, how):
 def test_whole_token_files_are_not_made_anew(tmp_path, monkeypatch):
     dataset = write(tmp_path, ".jsonl", DOCUMENTS)
     first = data.load(dataset, tmp_path / "data")
-    monkeypatch.setattr(data, "local_documents", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(tokenise, "local_documents", lambda path: pytest.fail("read again"))
     assert np.array_equal(data.load(dataset, tmp_path / "data").tokens["val"], first.tokens["val"])
 
 
@@ -240,7 +242,7 @@ def test_an_interrupted_tokenisation_leaves_nothing_behind(tmp_path, monkeypatch
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "split_documents", stop)
+    monkeypatch.setattr(tokenise, "split_documents", stop)
     with pytest.raises(KeyboardInterrupt):
         data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
@@ -273,7 +275,7 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path):
 @pytest.fixture
 def folder_of_two(tmp_path, monkeypatch):
     """A folder of two .jsonl.zst files, read in steps of 64 documents that are settled after every one."""
-    monkeypatch.setattr(data, "SETTLE", 1)
+    monkeypatch.setattr(tokenise, "SETTLE", 1)
     for i, half in enumerate((DOCUMENTS[:100], DOCUMENTS[100:])):
         (tmp_path / f"set/{i}").mkdir(parents=True)
         write(tmp_path / f"set/{i}", ".jsonl.zst", half)
@@ -284,7 +286,7 @@ def folder_of_two(tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", ["killed", "killed in the middle of a write", "disk full"])
 def test_a_stream_goes_on_where_it_stopped(tmp_path, folder_of_two, monkeypatch, capsys, steps, how):
     whole = data.load(folder_of_two, tmp_path / "whole", max_tokens=10**6)
-    count, encode, settle = itertools.count(), data.ids_of, os.fsync
+    count, encode, settle = itertools.count(), tokenise.ids_of, os.fsync
 
     def stops(*args):
         if next(count) == steps:
@@ -300,7 +302,7 @@ def test_a_stream_goes_on_where_it_stopped(tmp_path, folder_of_two, monkeypatch,
         if how == "disk full":
             patch.setattr(os, "fsync", full)
         else:
-            patch.setattr(data, "ids_of", stops)
+            patch.setattr(tokenise, "ids_of", stops)
         with pytest.raises((KeyboardInterrupt, OSError)) as stop:
             data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
     (part,) = (tmp_path / "data").iterdir()
@@ -319,7 +321,7 @@ def test_half_written_token_files_are_not_taken_for_a_part(tmp_path, folder_of_t
     """progress.json of more tokens than there are: begun again."""
     whole = data.load(folder_of_two, tmp_path / "whole", max_tokens=10**6)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(tokenise, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
     (part,) = (tmp_path / "data").iterdir()
@@ -329,9 +331,9 @@ def test_half_written_token_files_are_not_taken_for_a_part(tmp_path, folder_of_t
 
 def test_a_stream_keeps_its_vocabulary_when_gpt2_appears_half_way(tmp_path, folder_of_two, monkeypatch):
     whole = data.load(folder_of_two, tmp_path / "whole", max_tokens=10**6)
-    count, encode = itertools.count(), data.ids_of
+    count, encode = itertools.count(), tokenise.ids_of
     with monkeypatch.context() as patch:
-        patch.setattr(data, "ids_of", lambda *args: encode(*args) if next(count) < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(tokenise, "ids_of", lambda *args: encode(*args) if next(count) < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("another vocabulary"))

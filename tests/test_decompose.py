@@ -19,9 +19,11 @@ from naive import NaiveVPD
 from torch import nn
 
 import data
+import tokenise
 import decompose
 import eval as evaluation
 import losses
+import run
 import train_target
 from ci_fn import lower_leaky
 
@@ -41,7 +43,7 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("run")
     (home / "text").mkdir()
     for name in ("random.py", "shutil.py", "tempfile.py", "typing.py", "zipfile/__init__.py"):
-        source = data.stdlib_folder() / name
+        source = tokenise.stdlib_folder() / name
         if source.exists():
             (home / "text" / (source.stem + str(len(name)) + ".txt")).write_text(source.read_text())
     before = os.getcwd()
@@ -153,7 +155,7 @@ def test_a_taken_default_folder_is_not_written_over(tmp_path):
 
 def tiny_vpd(home, **changes) -> tuple[decompose.VPD, torch.Tensor]:
     c = config(**changes)
-    vpd, _ = decompose.build(c, train_target.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu"))
+    vpd, _ = decompose.build(c, run.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu"))
     return vpd, data.load("text").batch("train", 0, c.B, c.T)[:, :-1]
 
 
@@ -365,7 +367,7 @@ def test_bad_input_ends_in_one_line(home, whole, script, args, message, monkeypa
     if script == "train_target":
         sys.argv.append("--dataset=text")
     with pytest.raises(SystemExit) as stop:
-        train_target.run_script(module.main, module.Config, module.__doc__)
+        run.run_script(module.main, module.Config, module.__doc__)
     error = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert message in error and stop.value.code != 0
     assert len(error.strip().splitlines()) == 1
@@ -380,7 +382,7 @@ def test_full_disk_keeps_the_saved_run(whole, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="cannot save .*still whole"):
-        train_target.save(whole / "checkpoint.pt", {"kind": "decomposition"})
+        run.save(whole / "checkpoint.pt", {"kind": "decomposition"})
     assert (whole / "checkpoint.pt").read_bytes() == before
     assert not list(whole.glob("*.tmp"))
 

@@ -17,6 +17,7 @@ import data
 import decompose
 import distributed
 import losses
+import run
 import train_target
 
 STEPS = 20
@@ -76,7 +77,7 @@ def precision(double: bool):
 def trained(folder: Path, **changes) -> tuple[list[dict], dict]:
     """The losses of STEPS steps, and U, V, Gamma and the sources after them (in the first process)."""
     c = config(B=B, steps=STEPS, beta_freq=0.05, lr=1e-3, **changes)
-    vpd, _ = decompose.build(c, train_target.load_checkpoint(folder / "target/checkpoint.pt", "target"), torch.device("cpu"))
+    vpd, _ = decompose.build(c, run.load_checkpoint(folder / "target/checkpoint.pt", "target"), torch.device("cpu"))
     vpd.warm_up()
     corpus = data.load("text")
     rows = [vpd.train_step(distributed.rows(corpus.batch("train", step, B, c.T)[:, :-1])) for step in range(STEPS)]
@@ -168,7 +169,7 @@ def test_processes_draw_from_different_streams(home, monkeypatch):
     for rank in (0, 1):
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "rank", lambda: rank)
-            vpd, _ = decompose.build(config(), train_target.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu"))
+            vpd, _ = decompose.build(config(), run.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu"))
             drawn.append((vpd.adversary.r, torch.rand(9, generator=vpd.generator), vpd.decomposition.subcomponents()[0].detach()))
     assert not torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][1], drawn[1][1])
     assert torch.equal(drawn[0][2], drawn[1][2])  # the same start
@@ -196,7 +197,7 @@ def test_torchrun_to_the_table_and_resumed(home, shard):
     with pytest.raises(ValueError, match="that run had 2 processes"):
         decompose.main(decompose.Config(resume=run).defaults())
     # Sharded or not, what is saved is the state of a VPD that is not.
-    vpd, _ = decompose.build(config(B=B), train_target.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu"))
+    vpd, _ = decompose.build(config(B=B), run.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu"))
     vpd.load_state_dict(once)
     for name, state in vpd.state_dict().items():
         assert name == "generators" or all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(once[name]), strict=True))

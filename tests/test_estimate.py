@@ -9,7 +9,8 @@ from test_decompose import home  # noqa: F401  (home is a fixture)
 from torch.utils.flop_counter import FlopCounterMode
 
 import decompose
-import estimate
+from bench import estimate
+import run
 import train_target
 from model import GPT, GPTConfig
 
@@ -98,7 +99,7 @@ def test_a_file_of_the_piles_shape_to_the_table_at_scale_tiny(home, monkeypatch,
     rows = "".join(json.dumps({"text": f"{i} is the square of {i**0.5:.3f}.\n" * 4, "meta": {"pile_set_name": "Pile-CC"}}) + "\n" for i in range(300))
     (home / "shard.jsonl.zst").write_bytes(zstandard.compress(rows.encode()))
     monkeypatch.setattr("sys.argv", ["decompose.py", "--dataset=shard.jsonl.zst", "--scale=tiny", "--max_tokens=5000", "--steps=30", "--out=tiny"])
-    train_target.run_script(decompose.main, decompose.Config, None)
+    run.run_script(decompose.main, decompose.Config, None)
     printed = capsys.readouterr().out
     assert "adversarial_320" in printed and "s a step on this device" in printed
     saved = json.loads((home / "tiny/config.json").read_text())

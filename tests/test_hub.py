@@ -26,9 +26,9 @@ Hub.root = Path("hub")
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-import tiktoken, data
+import tiktoken, data, tokenise
 ranks = {bytes([b]): b for b in range(256)}
-stand_in = tiktoken.Encoding("gpt2", pat_str=data.WORDS, mergeable_ranks=ranks, special_tokens={data.END_OF_TEXT: 256})
+stand_in = tiktoken.Encoding("gpt2", pat_str=tokenise.WORDS, mergeable_ranks=ranks, special_tokens={tokenise.END_OF_TEXT: 256})
 tiktoken.get_encoding = lambda name: {"gpt2": stand_in}[name]
 
 def text(corpus):
@@ -84,17 +84,17 @@ print(json.dumps([first, again, asked == len(Hub.asked), [t.tolist() for t in id
 def test_a_stopped_download_goes_on_in_the_second_file(run):
     found = run("""
 whole = text(data.load("pile", "whole", max_tokens=10**6))
-data.SETTLE, encode, count = 1, data.ids_of, []
+tokenise.SETTLE, encode, count = 1, tokenise.ids_of, []
 def stops(*args):
     count.append(0)
     if len(count) == 5:  # 256 documents are settled: the first file holds 200
         raise KeyboardInterrupt
     return encode(*args)
-data.ids_of = stops
+tokenise.ids_of = stops
 try:
     data.load("pile", max_tokens=10**6)
 except KeyboardInterrupt:
-    data.ids_of = encode
+    tokenise.ids_of = encode
 (progress,) = Path("data").glob("*.part/progress.json")
 settled = json.loads(progress.read_text())["documents"]
 parts = text(data.load("pile", max_tokens=10**6))

@@ -109,7 +109,7 @@ def test_kl_from_hidden_states_is_that_of_their_logits(chunk):
 
 def test_kl_from_hidden_states_holds_no_logits():
     """Of 400 positions and a vocabulary of 500 it holds the chunk's 20 x 500 a few times, not 400 x 500."""
-    from bench import peak_bytes
+    from bench.step import peak_bytes
 
     unembedding, h_p, h_q = rand(500, 8), rand(400, 8, seed=1), rand(400, 8, seed=2).requires_grad_()
     small = peak_bytes(lambda: losses.HiddenKL(unembedding, chunk=20)(h_p, h_q).backward(), torch.device("cpu"))

@@ -14,6 +14,7 @@ from test_decompose import TINY, TINY_TARGET, config, flags, home, resumed, tens
 
 import data
 import decompose
+import run
 import train_target
 
 # Runs one command in a forked child again and again, as a person would after each crash, and kills it at the given moments:
@@ -31,7 +32,7 @@ def start():
     pid = os.fork()
     if pid == 0:
         sys.argv = [script + ".py", *([f"--resume={folder}"] if (folder / "config.json").exists() else begin)]
-        train_target.run_script(module.main, module.Config, None)
+        run.run_script(module.main, module.Config, None)
         os._exit(0)
     return pid
 
@@ -100,7 +101,7 @@ def test_a_power_cut_before_the_rename_leaves_the_old_file_whole(tmp_path, monke
     real_replace, real_fsync = os.replace, os.fsync
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), real_replace(a, b)))
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append("settle"), real_fsync(handle)))
-    train_target.save(tmp_path / "checkpoint.pt", {"kind": "target", "value": 1})
+    run.save(tmp_path / "checkpoint.pt", {"kind": "target", "value": 1})
     assert events == ["settle", "rename", "settle"]
 
     def power_cut(a, b):
@@ -108,14 +109,14 @@ def test_a_power_cut_before_the_rename_leaves_the_old_file_whole(tmp_path, monke
 
     monkeypatch.setattr(os, "replace", power_cut)
     with pytest.raises(SystemError):
-        train_target.save(tmp_path / "checkpoint.pt", {"kind": "target", "value": 2})
+        run.save(tmp_path / "checkpoint.pt", {"kind": "target", "value": 2})
     assert torch.load(tmp_path / "checkpoint.pt")["value"] == 1
 
 
 @pytest.mark.parametrize("script", [decompose, train_target])
 def test_a_run_that_ended_before_its_first_save_has_its_settings_from_config_json(tmp_path, script):
     begun = script.Config(lr=0.5, seed=7)
-    train_target.write_config(tmp_path, begun, torch.device("cpu"))
+    run.write_config(tmp_path, begun, torch.device("cpu"))
     assert script.Config(resume=str(tmp_path)).defaults() == dataclasses.replace(begun, resume=str(tmp_path))
 
 

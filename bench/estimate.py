@@ -1,7 +1,7 @@
 """What a decomposition costs, before it is begun: parameters, memory by part, floating-point operations.
 
-    python estimate.py                 # the published scale, and targets of 1B and 8B parameters: memory, GPUs, days
-    python estimate.py --gpu_memory=141e9 --gpu_flops=400e12
+    python -m bench.estimate                 # the published scale, and targets of 1B and 8B parameters: memory, GPUs, days
+    python -m bench.estimate --gpu_memory=141e9 --gpu_flops=400e12
 
 decompose.py prints the estimate of its own run and refuses one that cannot fit, naming the flags that would make it fit.
 Models are built without memory (torch's meta device), so parameters are counted and not computed. Activations are a count of
@@ -17,7 +17,7 @@ import decompose
 from ci_fn import CITransformer
 from losses import HiddenKL
 from model import GPT, GPTConfig, match_linears
-from train_target import run_script
+from run import run_script
 
 GB = 1e9
 

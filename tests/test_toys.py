@@ -1,6 +1,7 @@
-"""toy.py and toy_targets.py: each check is shown a right answer and wrong ones; one toy runs end to end."""
+"""python -m toys: each check is shown a right answer and wrong ones; one toy runs end to end."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,15 @@ import pytest
 import torch
 
 import losses
-import toy
-import toy_targets
+import toys.__main__ as toy
+from toys import targets as toy_targets
 from ci_fn import CIMLPs, CISharedMLP
 from model import Decomposition
-from toy import Config, column_match, dense_error, identity_error, matrix_cosine, n_live, n_shared, permute_identity, preset
-from toy_targets import TMS, TOYS, InductionHead, PingPong, ResidMLP
+from toys.__main__ import Config, column_match, dense_error, identity_error, matrix_cosine, n_live, n_shared, permute_identity, preset
+from toys.targets import TMS, TOYS, InductionHead, PingPong, ResidMLP
 
-ROOT = Path(toy.__file__).parent
+ROOT = Path(toy.__file__).parent.parent
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 EYE = torch.eye(3)
 
 
@@ -307,7 +309,7 @@ def test_contradictions_are_refused_with_both_names():
     (["tms_5-2", "--steps=2", "--lr=inf", "--restarts=1"], "try a smaller lr than inf"),
 ])  # fmt: skip
 def test_bad_flags_end_with_one_line(flags, said, tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "toy.py", *flags], capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run([sys.executable, "-m", "toys", *flags], capture_output=True, text=True, cwd=tmp_path, env=ENV)
     assert run.returncode != 0 and said in run.stderr and run.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in run.stderr
     assert not list(tmp_path.glob("out/*/checkpoint.pt"))
 
@@ -341,7 +343,7 @@ def test_the_induction_table():
 @pytest.mark.slow
 def test_tms_5_2_end_to_end(tmp_path):
     """The command of the README recovers the mechanisms exactly."""
-    run = subprocess.run([sys.executable, ROOT / "toy.py", "tms_5-2", "--device=cpu"], capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run([sys.executable, "-m", "toys", "tms_5-2", "--device=cpu"], capture_output=True, text=True, cwd=tmp_path, env=ENV)
     assert run.returncode == 0, run.stderr
     folder = tmp_path / "out" / "toy-tms_5-2-vpd-0"
     checks = {(c["name"], c["matrix"]): c for c in json.loads((folder / "metrics.json").read_text())["checks"]}

@@ -1,15 +1,15 @@
 """Look at single subcomponents: one self-contained page, report.html, and labels.jsonl for whoever names them.
 
-    python interpret.py out/vpd-stdlib                          # 20 s on one CPU core; decompose.py does it at its end
-    python interpret.py out/vpd-stdlib --prompt='for i in range(' --prompt='x = ('
-    python interpret.py out/vpd-stdlib --labels=named.jsonl     # a labels.jsonl with its labels filled in, shown on the page
+    python -m studies.report out/vpd-stdlib                          # 20 s on one CPU core; decompose.py does it at its end
+    python -m studies.report out/vpd-stdlib --prompt='for i in range(' --prompt='x = ('
+    python -m studies.report out/vpd-stdlib --labels=named.jsonl     # a labels.jsonl with its labels filled in, shown on the page
 
 The page opens by double click, works offline and asks nothing of any network. It shows the live subcomponents of eval.py (mean g
-above ALIVE on its windows); everything else about them is counted by harvest.py over more validation text.
+above ALIVE on its windows); everything else about them is counted by studies/harvest.py over more validation text.
 
   A. Prompts     what is important where, and what the model predicts under four masks
   B. Labels      out, for a person or a language model to fill in, and back
-  C. The page    everything into interpret.html, the template
+  C. The page    everything into report.html, the template
   D. The run
 
 Left out: labelling by a language model; subcomponents that are not live.
@@ -28,12 +28,12 @@ from torch import Tensor
 
 import data
 from cluster import open_run
-from components import read_clusters
+from studies.components import read_clusters
 from eval import ALIVE, PGD_STEPS, Run, adversarial_sources, layer_of, masks, mean_importances, read_metrics
 from eval import Config as Evaluation
-from harvest import BINS, CONTEXT, TOP, Examples, Harvest, coactive, columns_of, harvest, norms, promoted, token_table
+from studies.harvest import BINS, CONTEXT, TOP, Examples, Harvest, coactive, columns_of, harvest, norms, promoted, token_table
 from losses import mask
-from train_target import read_log, run_script, written
+from run import read_log, run_script, written
 
 MOST_EXAMPLES = 120_000  # in a report, of all subcomponents together: what keeps it under 30 MB
 PROMPT_TOKENS = 64  # of a prompt taken from the validation text, at most
@@ -298,7 +298,7 @@ def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
     h = harvest(run, corpus, live, config.tokens, k, config.seed)
     page, arrays = contents(run, corpus, config, h, mean_g, l0, prompts)
     page["labels"] = {str(names.index(name)): label for name, label in labels.items()}
-    template = (Path(__file__).parent / "interpret.html").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
     with written(path) as temporary:

@@ -1,6 +1,6 @@
 """Time and memory of one merge path on planted clusters, and whether they are found.
 
-    python bench_cluster.py 2500 5000 10000    # about a minute; each in a process of its own, so that its memory can be read
+    python -m bench.clustering 2500 5000 10000    # about a minute; each in a process of its own, so that its memory can be read
 
 100,000 positions; clusters of 10 subcomponents that are on together, each missing at 2 % of its cluster's positions; a share of
 2 % of all subcomponents on at a position, so L0 = 50, 100, 200 here.
@@ -15,7 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from cluster import cluster
-from components import adjusted_rand
+from studies.components import adjusted_rand
 
 
 def planted(n: int, N: int, L0: float, size: int = 10, missing: float = 0.02, seed: int = 0) -> tuple[sp.csr_matrix, np.ndarray]:
@@ -42,4 +42,4 @@ if __name__ == "__main__":
         measure(int(sys.argv[2]), float(sys.argv[3]))
     else:
         for n in map(int, sys.argv[1:] or ["2500", "5000", "10000"]):
-            subprocess.run([sys.executable, __file__, "one", str(n), str(0.02 * n)], check=True)
+            subprocess.run([sys.executable, "-m", "bench.clustering", "one", str(n), str(0.02 * n)], check=True)

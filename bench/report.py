@@ -1,6 +1,6 @@
-"""Time interpret.py with many live subcomponents: seconds, megabytes of the page, peak memory.
+"""Time studies/report.py with many live subcomponents: seconds, megabytes of the page, peak memory.
 
-    OMP_NUM_THREADS=1 python bench_interpret.py out/vpd-stdlib
+    OMP_NUM_THREADS=1 python -m bench.report out/vpd-stdlib
 
 The run gives the target and the text. U, V and the causal importances are synthetic: as many subcomponents as asked for, spread
 over its matrices, each important where a random direction of the target's activations is in its highest 0.1 to 10 % of tokens, about 2 % in the mean.
@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import interpret
 from cluster import open_run
 from model import Decomposition, rms_norm
-from train_target import run_script
+from run import run_script
+from studies import report as interpret
 
 
 class Gamma(nn.Module):

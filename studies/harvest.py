@@ -1,4 +1,4 @@
-"""What single subcomponents do, counted in one pass over validation text; interpret.py puts it on a page.
+"""What single subcomponents do, counted in one pass over validation text; report.py puts it on a page.
 
   A. One pass   examples, counts, histograms: what is kept does not grow with the text
   B. Tables     what the counts say: tokens, co-activity; what U and V say: promoted tokens, norms of heads

@@ -7,7 +7,7 @@
   E. TOYS, train
 
 Each target is a plain module of `nn.Linear` layers and knows its data (`batch`), its task (`loss`), and, where it has one,
-its canonical decomposition (`canonical`, `active`). toy.py decomposes it. Architectures and data are those of the papers on APD
+its canonical decomposition (`canonical`, `active`). toys/__main__.py decomposes it. Architectures and data are those of the papers on APD
 and SPD; training is shorter: TMS half the steps, 40-10 a quarter of the batch, the induction transformer 4,000 steps of 256, not 100,000 of 1,024.
 """
 
@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_target import cosine, progress_bar
+from run import progress_bar
+from train_target import cosine
 
 Pieces = tuple[Tensor, Tensor]  # U [d_out, n], V [d_in, n]: n rank-one pieces that sum to a matrix
 

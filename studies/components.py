@@ -1,7 +1,7 @@
 """What components are worth: are they parts of the model that can be ablated as one, and would another run find them too?
 
-    python components.py out/vpd-stdlib                        # after cluster.py: 5 minutes on one CPU core
-    python components.py out/vpd-stdlib --against=out/seed1    # the stability alone, half a minute: another run of the same target
+    python -m studies.components out/vpd-stdlib                        # after cluster.py: 5 minutes on one CPU core
+    python -m studies.components out/vpd-stdlib --against=out/seed1    # the stability alone, half a minute: another run of the same target
 
 Reads <run>/clusters.json; writes <run>/components.json and <run>/figures/interactions.png, or <run>/stability-<other run>.json.
 
@@ -33,7 +33,8 @@ from cluster import TIGHT, Firing, cluster, gather, open_run, rank_frequency_fil
 from eval import Run, adversarial_sources, masks, save_figure
 from losses import kl_divergence, reconstruction
 from model import Decomposition
-from train_target import build_target, next_token_ce, run_script, written
+from run import run_script, written
+from train_target import build_target, next_token_ce
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Components as objects of the method

@@ -1,12 +1,12 @@
 """Toys with known answers: decompose one, and check that its mechanisms were found (paper: canonical decompositions of the toys
 of the APD and SPD papers).
 
-    python toy.py tms_5-2                      # half a minute on 2 CPU cores; every check passes
-    python toy.py tms_5-2 --method=spd         # the predecessor: no adversary, no frequency term
-    python toy.py ping_pong --beta_freq=0 --beta_imp=3e-3    # without the frequency term, as sparse
-    python toy.py resid_mlp1 --help            # a toy's own settings
+    python -m toys tms_5-2                      # half a minute on 2 CPU cores; every check passes
+    python -m toys tms_5-2 --method=spd         # the predecessor: no adversary, no frequency term
+    python -m toys ping_pong --beta_freq=0 --beta_imp=3e-3    # without the frequency term, as sparse
+    python -m toys resid_mlp1 --help            # a toy's own settings
 
-Trains the target (toy_targets.py), decomposes it with the VPD of decompose.py, prints the checks and writes
+Trains the target (toys/targets.py), decomposes it with the VPD of decompose.py, prints the checks and writes
 out/toy-<name>-<method>-<seed>/ with metrics.json, config.json, checkpoint.pt and toy.png.
 
   A. Settings
@@ -40,8 +40,8 @@ from cluster import cluster
 from decompose import VPD, Method, free_folder, require
 from eval import adversarial_sources, save_figure
 from model import Decomposition
-from toy_targets import TOYS, InductionHead, Pieces, train
-from train_target import progress_bar, run_script, save, write_config, written
+from toys.targets import TOYS, InductionHead, Pieces, train
+from run import progress_bar, run_script, save, write_config, written
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Settings

@@ -17,10 +17,11 @@ from torch import nn
 
 import cluster
 import data
+import tokenise
 import decompose
 import eval as evaluation
-import harvest
-import interpret
+from studies import harvest
+from studies import report as interpret
 from model import rms_norm
 from test_decompose import config, home  # noqa: F401  a tiny run
 from train_target import run_script
@@ -49,7 +50,7 @@ def case(decomposition, tmp_path):
     words = NASTY + [f"w{i}" for i in range(49 - len(NASTY))]
     text = torch.randint(0, 49, (WINDOWS * T,), generator=torch.Generator().manual_seed(4)).numpy().astype(np.uint16)
     text.reshape(WINDOWS, T)[:, 0], text.reshape(WINDOWS, T)[:, 1] = np.arange(WINDOWS) // 45, np.arange(WINDOWS) % 45  # a window's number
-    corpus = data.Corpus("nasty", {"train": text, "val": text}, data.bpe_encoding([w.encode() for w in words]), "")
+    corpus = data.Corpus("nasty", {"train": text, "val": text}, tokenise.bpe_encoding([w.encode() for w in words]), "")
     gamma = Gamma(sum(V.shape[0] for V in decomposition.V.values()), sum(decomposition.C.values()))
     settings = decompose.Config(T=T, eval_windows=20, out="nasty")
     run = evaluation.Run(tmp_path, dataclasses.asdict(settings), {}, decomposition, gamma)

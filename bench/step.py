@@ -1,11 +1,11 @@
 """How long a training step of decompose.py takes, what it needs, and how near that is to what the device can do.
 
-    python bench.py                                        # the default run's size; two minutes on 2 CPU cores, mostly compiling
-    python bench.py --B=16                                 # the same with 16 sequences a step
-    python bench.py --B=16 --memory_budget=0.5             # in two thirds of the memory
-    python bench.py --size=paper4                          # the published size, for a GPU
-    python bench.py --size=paper4 --scale=0.06 --B=2 --T=64    # the same shapes, small enough for a laptop
-    python bench.py --sweep=assets/scaling.png             # step and memory against C, T and B
+    python -m bench.step                                        # the default run's size; two minutes on 2 CPU cores, mostly compiling
+    python -m bench.step --B=16                                 # the same with 16 sequences a step
+    python -m bench.step --B=16 --memory_budget=0.5             # in two thirds of the memory
+    python -m bench.step --size=paper4                          # the published size, for a GPU
+    python -m bench.step --size=paper4 --scale=0.06 --B=2 --T=64    # the same shapes, small enough for a laptop
+    python -m bench.step --sweep=assets/scaling.png             # step and memory against C, T and B
 
 Our step, the naive one (tests/naive.py) and a matrix product are timed in turn, round by round, so that a busy machine slows
 all of them alike. MFU, the model FLOP utilisation, is the FLOPs that the method needs (estimate.step_flops, whatever our step
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 import decompose
-import estimate
+from bench import estimate
 import eval as evaluation
 import train_target
 from model import GPT, GPTConfig
-from train_target import autocast, pick_device, run_script
+from run import autocast, pick_device, run_script
 
 
 @dataclass(frozen=True)

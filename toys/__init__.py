@@ -1,0 +1,1 @@
+"""Toy models with known answers: `python -m toys tms_5-2`."""
