@@ -36,10 +36,10 @@ class LowerLeaky(torch.autograd.Function):
 def lower_leaky(z: Tensor, leak: float = 0.01) -> Tensor:
     """g in [0, 1] for masks: clamp(z, 0, 1), whose gradient can revive dead subcomponents but never pushes them down.
 
-        z            forward   dL/dz given dL/dg = +1   given -1
-        z <= 0       0         0                        -leak
-        0 < z <= 1   z         1                        -1
-        z > 1        1         0                        0
+    z            forward   dL/dz given dL/dg = +1   given -1
+    z <= 0       0         0                        -leak
+    0 < z <= 1   z         1                        -1
+    z > 1        1         0                        0
     """
     return LowerLeaky.apply(z, leak)
 
@@ -47,10 +47,10 @@ def lower_leaky(z: Tensor, leak: float = 0.01) -> Tensor:
 def upper_leaky(z: Tensor, leak: float = 0.01) -> Tensor:
     """g >= 0 for the minimality losses: clamp(z, 0, 1) that goes on with slope `leak` above 1, so saturated g come down.
 
-        z            forward              dL/dz given dL/dg = +1   given -1
-        z < 0        0                    0                        0
-        0 <= z <= 1  z                    1                        -1
-        z > 1        1 + leak * (z - 1)   leak                     -leak
+    z            forward              dL/dz given dL/dg = +1   given -1
+    z < 0        0                    0                        0
+    0 <= z <= 1  z                    1                        -1
+    z > 1        1 + leak * (z - 1)   leak                     -leak
     """
     return torch.where(z > 1, 1 + leak * (z - 1), z.clamp(0, 1))
 
@@ -66,7 +66,9 @@ class CITransformer(nn.Module):
     blocks with bidirectional attention (RoPE, no biases) and a GELU MLP (with biases), linear to C = sum of C_l.
     """
 
-    def __init__(self, d_ins: list[int], C: int, d_ci: int = 128, n_layer: int = 2, n_head: int = 4, d_mlp: int = 512) -> None:
+    def __init__(
+        self, d_ins: list[int], C: int, d_ci: int = 128, n_layer: int = 2, n_head: int = 4, d_mlp: int = 512
+    ) -> None:
         super().__init__()
         if d_ci % (2 * n_head):
             raise ValueError(f"d_ci={d_ci}: RoPE needs a multiple of 2 * n_head={2 * n_head}")
@@ -98,7 +100,9 @@ class CISharedMLP(nn.Module):
     alive at first on a few inputs of its own, not on all alike; see README.md for what that decides.
     """
 
-    def __init__(self, d_ins: list[int], C: int, hidden: tuple[int, ...] = (256,), spread: float = 1.0, bias: float = 0.0) -> None:
+    def __init__(
+        self, d_ins: list[int], C: int, hidden: tuple[int, ...] = (256,), spread: float = 1.0, bias: float = 0.0
+    ) -> None:
         super().__init__()
         widths = [sum(d_ins), *hidden, C]
         self.layers = nn.ModuleList(nn.Linear(d_in, d_out) for d_in, d_out in zip(widths, widths[1:]))

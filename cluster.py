@@ -155,7 +155,9 @@ class Groups:
         self.marked[on_i] = True
         already = self.marked[on_j]
         self.marked[on_i] = False
-        gained = on_j[~already]  # positions of the union that i lacks: n_i grows there and nowhere else, so the update is exact
+        gained = on_j[
+            ~already
+        ]  # positions of the union that i lacks: n_i grows there and nowhere else, so the update is exact
         self.n[i] += np.bincount(self.rows[gained].ravel(), minlength=K + 1)[:K].astype(np.int32)
         self.rows[on_j, (self.rows[on_j] == j).argmax(1)] = np.where(already, K, i)  # j stands once in each of its rows
         self.on[i], self.on[j] = np.concatenate((on_i, gained)), on_j[:0]
@@ -177,7 +179,9 @@ class Groups:
         """Renumber the groups 0 .. k - 1 and forget the empty slots."""
         keep, K = np.flatnonzero(self.gone == 0), len(self.s)
         self.n = self.n[np.ix_(keep, keep)]
-        self.s, self.rank, self.gone, self.first, self.bound = (a[keep] for a in (self.s, self.rank, self.gone, self.first, self.bound))
+        self.s, self.rank, self.gone, self.first, self.bound = (
+            a[keep] for a in (self.s, self.rank, self.gone, self.first, self.bound)
+        )
         self.on = [self.on[i] for i in keep]
         number = np.full(K + 1, self.k, np.int32)
         number[keep] = np.arange(self.k)
@@ -185,7 +189,9 @@ class Groups:
         self.rows = self.rows[:, : max(1, (self.rows < self.k).sum(1).max())].copy()
 
 
-def merge_path(X: sp.csr_matrix, n: np.ndarray, alpha: float, gamma: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def merge_path(
+    X: sp.csr_matrix, n: np.ndarray, alpha: float, gamma: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Merge the subcomponents of X [N, n] to one group, a pair at a time, the pair's rank by cost drawn by `sample_rank`.
 
     n: `coactivation(X)`. Returns merges int [n - 1, 2], each (a member of the group that grows, of the one it takes in), and
@@ -238,9 +244,14 @@ def cluster(X: sp.csr_matrix, alpha: float, gamma: float = 0.2, seed: int = 0, r
     X.eliminate_zeros()
     X.sort_indices()
     if not X.shape[1] or not X.getnnz(0).all():
-        raise ValueError(f"{(X.getnnz(0) == 0).sum()} of {X.shape[1]} subcomponents never fire: drop the dead ones; at least one must be live")
+        raise ValueError(
+            f"{(X.getnnz(0) == 0).sum()} of {X.shape[1]} subcomponents never fire: drop the dead ones; at least one must be live"
+        )
     n = coactivation(X)
-    paths = [merge_path(X, n, alpha, gamma, np.random.default_rng([seed, i])) for i in range(1 if math.isinf(gamma) else restarts)]
+    paths = [
+        merge_path(X, n, alpha, gamma, np.random.default_rng([seed, i]))
+        for i in range(1 if math.isinf(gamma) else restarts)
+    ]
     cost = np.array([cost for _, cost in paths])
     best, cut = np.unravel_index(cost.argmin(), cost.shape)
 
@@ -288,12 +299,19 @@ def gather(run: Run, corpus: data.Corpus, tau: float, n_tokens: int, seed: int) 
     X = sp.vstack(blocks, format="csr")
     live = np.flatnonzero(X.getnnz(0))
     if not len(live):
-        raise ValueError(f"{run.folder}: no live subcomponent: none has g > tau={tau} at any of {X.shape[0]:,} tokens; try a smaller tau, or train longer")
+        raise ValueError(
+            f"{run.folder}: no live subcomponent: none has g > tau={tau} at any of {X.shape[0]:,} tokens; try a smaller tau, or train longer"
+        )
     names = [(name, c) for name, C in run.decomposition.C.items() for c in range(C)]
     return Firing(X[:, live], live, [names[c] for c in live], np.concatenate(tokens))
 
 
-SPANS = {"single": "one subcomponent", "matrix": "one matrix", "layer": "several matrices of a layer", "layers": "several layers"}
+SPANS = {
+    "single": "one subcomponent",
+    "matrix": "one matrix",
+    "layer": "several matrices of a layer",
+    "layers": "several layers",
+}
 
 
 def span(members: dict[str, list[int]]) -> str:
@@ -306,7 +324,8 @@ def span(members: dict[str, list[int]]) -> str:
 def components_of(X: sp.csr_matrix, names: list[tuple[str, int]], label: np.ndarray) -> list[dict]:
     """What clusters.json holds of each component, by label: members {matrix: numbers}, rank, frequency s / N, fill, span."""
     components = [
-        {"members": {}, "rank": int(rank), "frequency": float(s / X.shape[0]), "fill": float(fill)} for rank, s, fill in zip(*rank_frequency_fill(X, label))
+        {"members": {}, "rank": int(rank), "frequency": float(s / X.shape[0]), "fill": float(fill)}
+        for rank, s, fill in zip(*rank_frequency_fill(X, label))
     ]
     for i, (matrix, number) in zip(label, names):
         components[i]["members"].setdefault(matrix, []).append(number)
@@ -322,8 +341,13 @@ def summary(components: list[dict]) -> str:
         kept = [c for c in components if keep(c)]
         return f"{len(kept)} ({sum(c['rank'] for c in kept)})"
 
-    reach = ", ".join(f"{name} {count(lambda c: c['span'] == kind and (kind == 'single' or is_tight(c)))}" for kind, name in SPANS.items())
-    return f"{len(components)} components (of so many subcomponents): {reach}; lumps {count(lambda c: c['fill'] < TIGHT)}"
+    reach = ", ".join(
+        f"{name} {count(lambda c: c['span'] == kind and (kind == 'single' or is_tight(c)))}"
+        for kind, name in SPANS.items()
+    )
+    return (
+        f"{len(components)} components (of so many subcomponents): {reach}; lumps {count(lambda c: c['fill'] < TIGHT)}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,11 +365,17 @@ def describe(i: int, component: dict, on: np.ndarray, tokens: np.ndarray, decode
         return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in decode(ids.tolist()))
 
     count, of = np.bincount(flat[at], minlength=flat.max() + 1), np.maximum(1, np.bincount(flat))
-    information = count * np.log(np.maximum(count / of / on.mean(), 1e-9))  # how much more often than anywhere, weighed by how often
+    information = count * np.log(
+        np.maximum(count / of / on.mean(), 1e-9)
+    )  # how much more often than anywhere, weighed by how often
     top = [t for t in np.argsort(-information, kind="stable")[:8] if count[t]]
     members = "; ".join(f"{name} {' '.join(map(str, numbers))}" for name, numbers in component["members"].items())
-    lines = [f"component {i}: rank {component['rank']}, on at {component['frequency']:.2%} of tokens, fill {component['fill']:.2f}; {members}"]
-    lines.append("    " + ", ".join(f"[{shown(np.array([t]))}] {count[t] / len(at):.0%}/{count[t] / of[t]:.0%}" for t in top))
+    lines = [
+        f"component {i}: rank {component['rank']}, on at {component['frequency']:.2%} of tokens, fill {component['fill']:.2f}; {members}"
+    ]
+    lines.append(
+        "    " + ", ".join(f"[{shown(np.array([t]))}] {count[t] / len(at):.0%}/{count[t] / of[t]:.0%}" for t in top)
+    )
     for p in np.sort(rng.choice(at, min(5, len(at)), replace=False)):
         start = p - p % T
         before, after = shown(flat[max(start, p - 16) : p]), shown(flat[p + 1 : min(start + T, p + 6)])
@@ -368,17 +398,27 @@ def plot_cost(found: Clustering, N: int, alpha: float, path: Path) -> None:
     for ax, title in zip(axes, ("All merges", "Around the cut")):
         ax.plot(cost.T, color="#7f7f7f", lw=0.7, alpha=0.6)
         ax.plot(cost[found.best], color="#0072b2", lw=1.5, label=f"the best of {len(cost)} restarts")
-        ax.axvline(cut, color="#d55e00", ls="--", lw=1, label=f"least: {cost[found.best, cut]:.1f} bits, {n - cut} components")
-        ax.set(xlabel=f"merges, from {n} groups to one", ylabel="description length, bits a token", title=f"{title} (α = {alpha:g})")
+        ax.axvline(
+            cut, color="#d55e00", ls="--", lw=1, label=f"least: {cost[found.best, cut]:.1f} bits, {n - cut} components"
+        )
+        ax.set(
+            xlabel=f"merges, from {n} groups to one",
+            ylabel="description length, bits a token",
+            title=f"{title} (α = {alpha:g})",
+        )
     low, high = max(0, cut - n // 8), min(n - 1, cut + n // 12)
     near = cost[:, low : high + 1]
-    axes[1].set(xlim=(low, high), ylim=(near.min() - 0.05 * np.ptp(near) - 1e-9, near.max() + 0.05 * np.ptp(near) + 1e-9))
+    axes[1].set(
+        xlim=(low, high), ylim=(near.min() - 0.05 * np.ptp(near) - 1e-9, near.max() + 0.05 * np.ptp(near) + 1e-9)
+    )
     axes[0].set_yscale("log")
     axes[0].legend(fontsize=8, loc="upper left")
     save_figure(figure, path)
 
 
-def plot_coactivation(X: sp.csr_matrix, label: np.ndarray, components: list[dict], matrices: list[str], path: Path) -> None:
+def plot_coactivation(
+    X: sp.csr_matrix, label: np.ndarray, components: list[dict], matrices: list[str], path: Path
+) -> None:
     """Co-activation of the members of tight components, by their matrix [n] and by their component [n]."""
     from matplotlib import pyplot as plt
 
@@ -410,15 +450,27 @@ def plot_sizes(components: list[dict], path: Path) -> None:
     for kind, colour in SPAN_COLOURS.items():
         of = np.array([c["span"] == kind for c in components])
         tight = of & (fill >= TIGHT)
-        bar = f"{SPANS[kind]}\n{of.sum()} components" + (f", {of.sum() - tight.sum()} of them lumps" if kind != "single" else "")
+        bar = f"{SPANS[kind]}\n{of.sum()} components" + (
+            f", {of.sum() - tight.sum()} of them lumps" if kind != "single" else ""
+        )
         ax_span.barh(bar, rank[tight].sum(), color=colour)
         ax_span.barh(bar, rank[of & ~tight].sum(), left=rank[tight].sum(), color=colour, alpha=0.3)
         if kind != "single":
             ax_fill.scatter(frequency[of], fill[of], s=6 * rank[of], alpha=0.5, color=colour, lw=0)
-    ax_rank.hist([rank[[c["span"] == kind for c in components]] for kind in SPANS], bins=np.arange(0.5, rank.max() + 1), stacked=True, color=SPAN_COLOURS.values())
+    ax_rank.hist(
+        [rank[[c["span"] == kind for c in components]] for kind in SPANS],
+        bins=np.arange(0.5, rank.max() + 1),
+        stacked=True,
+        color=SPAN_COLOURS.values(),
+    )
     ax_rank.set(xlabel="rank: subcomponents in a component", ylabel="components", yscale="log", title="Ranks")
     ax_fill.axhline(TIGHT, color="#7f7f7f", lw=0.8, ls=":")
-    ax_fill.set(xlabel="frequency: share of tokens where it is on", ylabel="fill: share of them where a member is on", xscale="log", ylim=(0, 1.02))
+    ax_fill.set(
+        xlabel="frequency: share of tokens where it is on",
+        ylabel="fill: share of them where a member is on",
+        xscale="log",
+        ylim=(0, 1.02),
+    )
     ax_fill.set(title="Components of rank above 1 (area: rank)")
     ax_span.set(xlabel="subcomponents in such components (pale: in lumps)", title="How far components reach")
     ax_span.invert_yaxis()
@@ -433,20 +485,39 @@ def plot_alphas(found: dict[float, list[dict]], path: Path) -> None:
     alphas, live = list(found), sum(c["rank"] for c in next(iter(found.values())))
 
     def line(on, keep, weigh, **style) -> None:
-        on.plot(alphas, [sum(weigh(c) for c in components if keep(c)) for components in found.values()], marker="o", **style)
+        on.plot(
+            alphas, [sum(weigh(c) for c in components if keep(c)) for components in found.values()], marker="o", **style
+        )
 
     line(ax, lambda c: True, lambda c: 1, color="#000000", label="components")
     line(ax, lambda c: c["rank"] > 1, lambda c: 1, color="#0072b2", label="of rank above 1")
     line(ax, is_tight, lambda c: 1, color="#d55e00", label="of rank above 1 and tight (fill ≥ 0.5)")
     ax.axhline(live, color="#7f7f7f", lw=1, ls=":", label="live subcomponents")
     for kind, colour in SPAN_COLOURS.items():
-        line(ax_span, lambda c: c["span"] == kind and c["fill"] >= TIGHT, lambda c: c["rank"] / live, color=colour, label=SPANS[kind])
-    line(ax_span, lambda c: c["fill"] < TIGHT, lambda c: c["rank"] / live, color="#000000", ls=":", label="any, but a lump (fill < 0.5)")
+        line(
+            ax_span,
+            lambda c: c["span"] == kind and c["fill"] >= TIGHT,
+            lambda c: c["rank"] / live,
+            color=colour,
+            label=SPANS[kind],
+        )
+    line(
+        ax_span,
+        lambda c: c["fill"] < TIGHT,
+        lambda c: c["rank"] / live,
+        color="#000000",
+        ls=":",
+        label="any, but a lump (fill < 0.5)",
+    )
     ax.set(ylabel="count", title="Components against α")
-    ax_span.set(ylabel="share of the live subcomponents", title="How far their component reaches", ylim=(-0.02, 1.5))  # room for the legend
+    ax_span.set(
+        ylabel="share of the live subcomponents", title="How far their component reaches", ylim=(-0.02, 1.5)
+    )  # room for the legend
     for a in (ax, ax_span):
         a.set(xlabel="α, bits for each rank of a component that is on")
-        a.set_xscale("log") if min(alphas) > 0 else a.set_xscale("symlog", linthresh=min([x for x in alphas if x > 0], default=1))
+        a.set_xscale("log") if min(alphas) > 0 else a.set_xscale(
+            "symlog", linthresh=min([x for x in alphas if x > 0], default=1)
+        )
         a.set_xticks(alphas, [f"{x:g}" for x in alphas])
         a.set_xticks([], minor=True)
         a.legend(fontsize=8)
@@ -462,7 +533,9 @@ class Config:
     run: str  # run folder of decompose.py
     alpha: str = "10"  # bits for each rank of a component that is on; several, as in 0.1,1,10, make a sweep
     tau: float = 0.01  # a subcomponent fires where g > tau
-    gamma: float = 0.2  # the pair of rank J by cost is merged with probability proportional to exp(-gamma J); inf is greedy
+    gamma: float = (
+        0.2  # the pair of rank J by cost is merged with probability proportional to exp(-gamma J); inf is greedy
+    )
     tokens: int = 65_536  # of validation text, at which firing is counted
     restarts: int = 4  # merge paths, of which the one of least cost counts
     seed: int = 0  # of the text and the merges
@@ -472,11 +545,15 @@ class Config:
     def __post_init__(self) -> None:
         self.alphas()
         if not 0 <= self.tau < 1:
-            raise ValueError(f"tau={self.tau}: must be in [0, 1), as g is in [0, 1] and a subcomponent fires where g > tau")
+            raise ValueError(
+                f"tau={self.tau}: must be in [0, 1), as g is in [0, 1] and a subcomponent fires where g > tau"
+            )
         if not self.gamma > 0:
             raise ValueError(f"gamma={self.gamma}: must be above 0; inf is greedy")
         if min(self.tokens, self.restarts) < 1 or self.seed < 0:
-            raise ValueError(f"tokens={self.tokens}, restarts={self.restarts}: must be at least 1, and seed={self.seed} not negative")
+            raise ValueError(
+                f"tokens={self.tokens}, restarts={self.restarts}: must be at least 1, and seed={self.seed} not negative"
+            )
 
     def alphas(self) -> list[float]:
         try:
@@ -505,7 +582,9 @@ def main(config: Config) -> None:
     firing = gather(run, corpus, config.tau, config.tokens, config.seed)
     X, (N, n) = firing.X, firing.X.shape
     C = sum(run.decomposition.C.values())
-    print(f"firing: {n} of {C} subcomponents have g > {config.tau} at one of {N:,} tokens, {X.nnz / N:.2f} at a token; {time.time() - began:.0f} s")
+    print(
+        f"firing: {n} of {C} subcomponents have g > {config.tau} at one of {N:,} tokens, {X.nnz / N:.2f} at a token; {time.time() - began:.0f} s"
+    )
 
     results = {}
     for alpha in config.alphas():
@@ -513,7 +592,9 @@ def main(config: Config) -> None:
         found = cluster(X, alpha, config.gamma, config.seed, config.restarts)
         seconds = time.time() - began
         results[alpha] = components = components_of(X, firing.names, found.label)
-        print(f"alpha {alpha:g}: {summary(components)}; {found.cost[0, 0] / N:.1f} bits a token apart, {found.cost.min() / N:.1f} clustered; {seconds:.1f} s")
+        print(
+            f"alpha {alpha:g}: {summary(components)}; {found.cost[0, 0] / N:.1f} bits a token apart, {found.cost.min() / N:.1f} clustered; {seconds:.1f} s"
+        )
     if len(results) > 1:
         plot_alphas(results, figures / "alphas.png")
         print(f"written: {figures}/alphas.png")
@@ -527,14 +608,19 @@ def main(config: Config) -> None:
     with written(run.folder / "clusters.json") as temporary:
         temporary.write_text(json.dumps(report) + "\n", encoding="utf-8")
     rng, on = np.random.default_rng(config.seed), grouped(X, found.label).tocsc()
-    texts = [describe(i, c, on[:, [i]].toarray()[:, 0], firing.tokens, corpus.encoding.decode, rng) for i, c in enumerate(components)]
+    texts = [
+        describe(i, c, on[:, [i]].toarray()[:, 0], firing.tokens, corpus.encoding.decode, rng)
+        for i, c in enumerate(components)
+    ]
     with written(run.folder / "clusters.txt") as temporary:
         temporary.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     print("\n".join(texts[:3]))
     plot_cost(found, N, alpha, figures / "clusters.png")
     plot_coactivation(X, found.label, components, [name for name, _ in firing.names], figures / "coactivation.png")
     plot_sizes(components, figures / "sizes.png")
-    print(f"written: {run.folder}/clusters.json, {run.folder}/clusters.txt, {figures}/clusters.png, coactivation.png and sizes.png")
+    print(
+        f"written: {run.folder}/clusters.json, {run.folder}/clusters.txt, {figures}/clusters.png, coactivation.png and sizes.png"
+    )
 
 
 if __name__ == "__main__":

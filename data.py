@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from tokenise import (
-    BPE_SAMPLE, BPE_VOCAB, HUB, WORDS, encoding_of, file_type, hub_set, local_files, stdlib_folder, tokenise, tokenise_stream,
+    BPE_SAMPLE,
+    BPE_VOCAB,
+    HUB,
+    WORDS,
+    encoding_of,
+    file_type,
+    hub_set,
+    local_files,
+    stdlib_folder,
+    tokenise,
+    tokenise_stream,
 )  # fmt: skip
 
 
@@ -48,7 +58,9 @@ class Corpus:
         """
         tokens = self.tokens[split]
         if len(tokens) < T + 1:
-            raise ValueError(f"{self.name}: {split} has {len(tokens)} tokens, a window needs T + 1 = {T + 1}: give more text or a smaller T")
+            raise ValueError(
+                f"{self.name}: {split} has {len(tokens)} tokens, a window needs T + 1 = {T + 1}: give more text or a smaller T"
+            )
         rng = np.random.default_rng([seed, ("train", "val").index(split), step])
         starts = rng.integers(0, len(tokens) - T, size=B)
         return torch.from_numpy(tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64))
@@ -67,7 +79,7 @@ def fingerprint(dataset: str, max_tokens: int = 0) -> str:
 
 
 def name_of(dataset: str, max_tokens: int, mark: str) -> str:
-    """"stdlib", "pile-1000M", "owner--set", "novels-1f0c33d2": the name of the folder of token files."""
+    """ "stdlib", "pile-1000M", "owner--set", "novels-1f0c33d2": the name of the folder of token files."""
     if dataset == "stdlib":
         name = dataset
     elif hub := hub_set(dataset):
@@ -82,7 +94,9 @@ def is_whole(home: Path, mark: str) -> bool:
     """True if `home` holds finished token files of this source: the meta file is written last."""
     try:
         meta = json.loads((home / "meta.json").read_text())
-        return meta["fingerprint"] == mark and all((home / f"{s}.bin").stat().st_size == 2 * meta[s] for s in ("train", "val"))
+        return meta["fingerprint"] == mark and all(
+            (home / f"{s}.bin").stat().st_size == 2 * meta[s] for s in ("train", "val")
+        )
     except (OSError, ValueError, KeyError):
         return False
 

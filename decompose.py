@@ -40,8 +40,18 @@ import train_target
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 from model import Decomposition, GPTConfig
 from run import (
-    autocast, check_unchanged, cut_log, interruptible, load_checkpoint, log_line, pick_device, progress_bar, resumed_settings,
-    run_script, save, write_config,
+    autocast,
+    check_unchanged,
+    cut_log,
+    interruptible,
+    load_checkpoint,
+    log_line,
+    pick_device,
+    progress_bar,
+    resumed_settings,
+    run_script,
+    save,
+    write_config,
 )  # fmt: skip
 from train_target import build_target, check_resumable, check_vocabulary, cosine
 
@@ -61,7 +71,9 @@ class Method:
     beta_adv: float = 0.5  # adversarial reconstruction
     beta_stoch: float = 1.0  # stochastic reconstruction
     beta_imp: float = 3.3e-3  # importance minimality
-    beta_freq: float = 3.3e-4  # frequency minimality; its logarithm sums over the batch, so it weighs more in a larger one
+    beta_freq: float = (
+        3.3e-4  # frequency minimality; its logarithm sums over the batch, so it weighs more in a larger one
+    )
     beta_delta: float = 1e5  # faithfulness
     p_start: float = 2.0  # the power p of both minimality terms falls linearly over the run
     p_end: float = 0.4
@@ -76,7 +88,9 @@ class Method:
     # Training
     steps: int = 8000  # of the main loop
     B: int = 2  # sequences a step, of all processes together
-    accumulate: int = 1  # parts that a process takes its sequences in, one after the other, when memory is short: the same losses
+    accumulate: int = (
+        1  # parts that a process takes its sequences in, one after the other, when memory is short: the same losses
+    )
     lr: float = 3e-3  # of U, V and Gamma
     lr_warmup: float = 0.03  # share of the steps
     lr_end: float = 0.01  # share of lr that its cosine ends at
@@ -88,9 +102,25 @@ class Method:
 
     def __post_init__(self) -> None:
         require(self, "above 0", "S", "n_adv", "B", "accumulate", "steps", "lr", "adv_lr", "clip", "p_start", "p_end")
-        require(self, "0 or above", "seed", "beta_adv", "beta_stoch", "beta_imp", "beta_freq", "beta_delta", "faith_steps", "leak", "adv_warmup", "lr_warmup", "lr_end")
+        require(
+            self,
+            "0 or above",
+            "seed",
+            "beta_adv",
+            "beta_stoch",
+            "beta_imp",
+            "beta_freq",
+            "beta_delta",
+            "faith_steps",
+            "leak",
+            "adv_warmup",
+            "lr_warmup",
+            "lr_end",
+        )
         if self.accumulate > 1 and self.adv_scope == "batch":
-            raise ValueError(f"accumulate={self.accumulate}: sources that the batch shares (adv_scope=batch) ascend on all of it at once; use adv_scope=position")
+            raise ValueError(
+                f"accumulate={self.accumulate}: sources that the batch shares (adv_scope=batch) ascend on all of it at once; use adv_scope=position"
+            )
         if self.B % self.accumulate:
             raise ValueError(f"B={self.B}: must be a multiple of accumulate={self.accumulate}")
 
@@ -112,8 +142,12 @@ class Config(Method):
     target: str = ""  # run folder of train_target.py; default out/target-<dataset>, trained first if it is not there
     out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
     resume: str = ""  # run folder of an unfinished run to go on with; settings not given are read from it
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU, or for a long run on a CPU, where a compiler works
-    memory_budget: float = 1.0  # share of the activations that a compiled step keeps for its backward pass; the rest is computed again
+    compile: bool | Literal["auto"] = (
+        "auto"  # torch.compile; auto: on a GPU, or for a long run on a CPU, where a compiler works
+    )
+    memory_budget: float = (
+        1.0  # share of the activations that a compiled step keeps for its backward pass; the rest is computed again
+    )
     T: int = 64  # tokens a sequence
     # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts
     C: str = "*.q=42,*.k=42,*.v=85,*.o=85,*.up=256,*.down=298"
@@ -137,7 +171,9 @@ class Config(Method):
         if not 0 <= self.memory_budget <= 1:
             raise ValueError(f"memory_budget={self.memory_budget}: must lie between 0 and 1")
         if self.wandb and importlib.util.find_spec("wandb") is None:
-            raise ValueError(f"wandb={self.wandb}: wandb is not installed; pip install wandb, or leave the flag out: metrics.jsonl has the same numbers")
+            raise ValueError(
+                f"wandb={self.wandb}: wandb is not installed; pip install wandb, or leave the flag out: metrics.jsonl has the same numbers"
+            )
         parse_C(self.C)
 
     def defaults(self) -> "Config":
@@ -168,7 +204,17 @@ SCALES = {
 
 # Settings that may change when a run is resumed. `steps` is one of them, but not without effect: p and the learning rates are
 # from then on those of a run of the new length. The device is checked apart.
-MAY_CHANGE = ("steps", "log_every", "save_every", "eval_windows", "report_tokens", "wandb", "data_dir", "device", "resume")
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "save_every",
+    "eval_windows",
+    "report_tokens",
+    "wandb",
+    "data_dir",
+    "device",
+    "resume",
+)
 
 
 def parse_C(text: str) -> dict[str, int]:
@@ -195,18 +241,36 @@ class VPD:
     """
 
     def __init__(
-        self, decomposition: Decomposition, ci_fn: nn.Module, config: Method, positions: tuple[int, ...],
-        device: torch.device, divergence: Callable[[Tensor, Tensor], Tensor] = losses.kl_divergence, compiled: bool = False,
+        self,
+        decomposition: Decomposition,
+        ci_fn: nn.Module,
+        config: Method,
+        positions: tuple[int, ...],
+        device: torch.device,
+        divergence: Callable[[Tensor, Tensor], Tensor] = losses.kl_divergence,
+        compiled: bool = False,
     ) -> None:
-        self.decomposition, self.ci_fn, self.config, self.device, self.divergence = decomposition, ci_fn, config, device, divergence
+        self.decomposition, self.ci_fn, self.config, self.device, self.divergence = (
+            decomposition,
+            ci_fn,
+            config,
+            device,
+            divergence,
+        )
         # Each process draws from a stream of its own.
-        seed = config.seed if distributed.rank() == 0 else int(np.random.SeedSequence([config.seed, distributed.rank()]).generate_state(1)[0])
+        seed = (
+            config.seed
+            if distributed.rank() == 0
+            else int(np.random.SeedSequence([config.seed, distributed.rank()]).generate_state(1)[0])
+        )
         self.generator = torch.Generator(device).manual_seed(seed)
         n_sources = sum(decomposition.C.values()) + decomposition.L
         self.adversary = losses.Adversary(positions, n_sources, self.generator, config.S, config.adv_scope)
         self.learning = [*decomposition.subcomponents(), *ci_fn.parameters()]
         self.replicated = [p for p in self.learning if not isinstance(p, DTensor)]
-        sharded = [p for p in self.learning if isinstance(p, DTensor)]  # Gamma's, or none; a fused update takes one kind at a time
+        sharded = [
+            p for p in self.learning if isinstance(p, DTensor)
+        ]  # Gamma's, or none; a fused update takes one kind at a time
         groups = [{"params": group} for group in (self.replicated, sharded) if group]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, fused=True)
         self.step = 0
@@ -214,7 +278,9 @@ class VPD:
         options = None
         if device.type == "cpu":
             keep_freed_memory()
-            options = {"cpp_wrapper": True}  # a small step is a thousand calls of microseconds: C++ makes them, not Python
+            options = {
+                "cpp_wrapper": True
+            }  # a small step is a thousand calls of microseconds: C++ makes them, not Python
         maybe_compile = (lambda f: torch.compile(f, dynamic=False, options=options)) if compiled else (lambda f: f)
         self.importances = maybe_compile(self.importances)
         self.reconstruction = maybe_compile(losses.reconstruction)
@@ -224,7 +290,9 @@ class VPD:
 
     def warm_up(self) -> float:
         """U and V alone descend the faithfulness loss; returns its last value."""
-        optimizer = torch.optim.AdamW(self.decomposition.subcomponents(), lr=self.config.faith_lr, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(
+            self.decomposition.subcomponents(), lr=self.config.faith_lr, weight_decay=0.0, fused=True
+        )
         loss = losses.faithfulness(self.decomposition)
         for _ in range(self.config.faith_steps):
             optimizer.zero_grad()
@@ -240,7 +308,9 @@ class VPD:
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
         p = c.p_start + (c.p_end - c.p_start) * self.step / max(1, c.steps - 1)
-        return torch.full((), p, device=self.device), c.adv_lr * min(1.0, (self.step + 1) / (c.adv_warmup * c.steps + 1))
+        return torch.full((), p, device=self.device), c.adv_lr * min(
+            1.0, (self.step + 1) / (c.adv_warmup * c.steps + 1)
+        )
 
     def importances(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f(x | W), without a gradient, and the causal importances g_lower and g_upper [B, T, C] in fp32."""
@@ -264,7 +334,9 @@ class VPD:
         for x, adversary in zip(x.chunk(c.accumulate), self.adversary.parts(c.accumulate)):
             with autocast(self.device):
                 target_output, g, g_upper = self.importances(x)
-            leaf = g.detach().requires_grad_()  # gathers dL/dg of the reconstructions, so that Gamma has one backward pass
+            leaf = (
+                g.detach().requires_grad_()
+            )  # gathers dL/dg of the reconstructions, so that Gamma has one backward pass
             terms = {}
 
             # The adversary ascends n_adv - 1 times on this batch: gradients for r alone. Then its loss descends, and the same
@@ -279,7 +351,15 @@ class VPD:
                 def adversarial(r: Tensor, g: Tensor, frozen: bool) -> Tensor:
                     with autocast(self.device):
                         return losses.adversarial_reconstruction(
-                            self.decomposition, x, target_output, g, r, routing, self.divergence, frozen, self.reconstruction
+                            self.decomposition,
+                            x,
+                            target_output,
+                            g,
+                            r,
+                            routing,
+                            self.divergence,
+                            frozen,
+                            self.reconstruction,
                         )
 
                 for _ in range(c.n_adv - 1):
@@ -295,7 +375,14 @@ class VPD:
             if c.beta_stoch > 0:
                 with autocast(self.device):
                     loss = losses.stochastic_reconstruction(
-                        self.decomposition, x, target_output, leaf, self.generator, c.S, self.divergence, self.reconstruction
+                        self.decomposition,
+                        x,
+                        target_output,
+                        leaf,
+                        self.generator,
+                        c.S,
+                        self.divergence,
+                        self.reconstruction,
                     )
                 (c.beta_stoch * loss / n_parts).backward()
                 terms["stochastic"] = c.beta_stoch, loss.detach()
@@ -303,13 +390,21 @@ class VPD:
             # The penalties, and with them all that Gamma learns from.
             importance, frequency = self.minimality(g_upper, p, whole, n_parts)
             penalties = {"importance": (c.beta_imp, importance), "frequency": (c.beta_freq, frequency)}
-            penalties["faithfulness"] = c.beta_delta, self.faithfulness(self.decomposition)  # in fp32: Delta^2 is far below bf16's steps
+            penalties["faithfulness"] = (
+                c.beta_delta,
+                self.faithfulness(self.decomposition),
+            )  # in fp32: Delta^2 is far below bf16's steps
             grad_g = torch.zeros_like(g) if leaf.grad is None else leaf.grad
-            torch.autograd.backward([sum(beta * loss for beta, loss in penalties.values()) / n_parts, g], [None, grad_g])
+            torch.autograd.backward(
+                [sum(beta * loss for beta, loss in penalties.values()) / n_parts, g], [None, grad_g]
+            )
             terms |= penalties
 
             total = sum(beta * loss.detach() for beta, loss in terms.values())
-            rows.append({name: loss.detach() for name, (_, loss) in terms.items()} | {"total": total, "l0": (leaf.detach() > 0).sum(-1).float().mean()})
+            rows.append(
+                {name: loss.detach() for name, (_, loss) in terms.items()}
+                | {"total": total, "l0": (leaf.detach() > 0).sum(-1).float().mean()}
+            )
 
         self.adversary.count.copy_(adversary.count)  # each part ascended as often
         distributed.sum_([parameter.grad for parameter in self.replicated])  # a sharded one's is summed already
@@ -336,7 +431,9 @@ class VPD:
         if not self.adversary.shared:
             adversary |= {name: torch.cat(distributed.gathered(adversary[name]), 1) for name in ("r", "mom1", "mom2")}
         optimizer = distributed.whole(self.optimizer.state_dict())
-        optimizer["param_groups"] = [optimizer["param_groups"][0] | {"params": list(range(len(self.learning)))}]  # one, sharded or not
+        optimizer["param_groups"] = [
+            optimizer["param_groups"][0] | {"params": list(range(len(self.learning)))}
+        ]  # one, sharded or not
         return {
             "step": self.step,
             "decomposition": self.decomposition.subcomponents_state(),
@@ -349,7 +446,9 @@ class VPD:
     def load_state_dict(self, state: dict) -> None:
         self.step = state["step"]
         self.decomposition.load_subcomponents(state["decomposition"])
-        self.ci_fn.load_state_dict({name: distributed.part_of(state["ci_fn"][name], p) for name, p in self.ci_fn.state_dict().items()})
+        self.ci_fn.load_state_dict(
+            {name: distributed.part_of(state["ci_fn"][name], p) for name, p in self.ci_fn.state_dict().items()}
+        )
         moments = {
             i: {name: distributed.part_of(value, self.learning[i]) for name, value in of_parameter.items()}
             for i, of_parameter in state["optimizer"]["state"].items()
@@ -359,7 +458,10 @@ class VPD:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         adversary = dict(state["adversary"])
         if not self.adversary.shared:
-            adversary |= {name: adversary[name].chunk(distributed.world(), 1)[distributed.rank()] for name in ("r", "mom1", "mom2")}
+            adversary |= {
+                name: adversary[name].chunk(distributed.world(), 1)[distributed.rank()]
+                for name in ("r", "mom1", "mom2")
+            }
         self.adversary.load_state_dict(adversary)
         self.generator.set_state(state["generators"][distributed.rank()])
 
@@ -388,10 +490,16 @@ def wants_compile(config: Config, device: torch.device) -> bool:
             raise ValueError(f"compile=True: no working compiler here ({why_not})")
         return True
     if device.type == "cpu" and config.steps < CPU_COMPILE_PAYS:
-        print(f"compile: off, as compiling for a CPU takes longer than it saves in under {CPU_COMPILE_PAYS:,} steps; --compile=True forces it")
+        print(
+            f"compile: off, as compiling for a CPU takes longer than it saves in under {CPU_COMPILE_PAYS:,} steps; --compile=True forces it"
+        )
         return False
     works, why_not = compiler_works(device)
-    print("compile: on, the first step takes a minute or two" if works else f"compile: no working compiler ({why_not}): running eagerly, slower but the same")
+    print(
+        "compile: on, the first step takes a minute or two"
+        if works
+        else f"compile: no working compiler ({why_not}): running eagerly, slower but the same"
+    )
     return works
 
 
@@ -419,11 +527,15 @@ def target_of(config: Config, corpus: data.Corpus) -> dict:
     if not config.target and not (folder / "checkpoint.pt").exists():
         same = {name: getattr(config, name) for name in ("dataset", "max_tokens", "data_dir", "device", "T")}
         usual = train_target.Config(scale=config.scale, dataset=config.dataset).defaults()
-        train_target.main(dataclasses.replace(usual, **same, resume=str(folder) if (folder / "state.pt").exists() else ""))
+        train_target.main(
+            dataclasses.replace(usual, **same, resume=str(folder) if (folder / "state.pt").exists() else "")
+        )
     checkpoint = load_checkpoint(folder / "checkpoint.pt", "target")
     context = checkpoint["gpt"]["context"]
     if config.T > context:
-        raise ValueError(f"T={config.T}: the context of the target in {folder} is {context} tokens; train another with train_target.py --T={config.T} --out=...")
+        raise ValueError(
+            f"T={config.T}: the context of the target in {folder} is {context} tokens; train another with train_target.py --T={config.T} --out=..."
+        )
     check_vocabulary(folder, checkpoint, corpus)
     return checkpoint
 
@@ -439,7 +551,15 @@ def build(config: Config, target_checkpoint: dict, device: torch.device) -> tupl
     half = not isinstance(autocast(device), contextlib.nullcontext)
     ci_fn = distributed.shard(ci_fn, ci_fn.units(), device, half) if config.shard else ci_fn.to(device)
     torch._functorch.config.activation_memory_budget = config.memory_budget  # for all that is compiled from here on
-    return VPD(decomposition, ci_fn, config, (config.B // distributed.world(), config.T), device, losses.HiddenKL(target.unembedding), wants_compile(config, device)), gamma
+    return VPD(
+        decomposition,
+        ci_fn,
+        config,
+        (config.B // distributed.world(), config.T),
+        device,
+        losses.HiddenKL(target.unembedding),
+        wants_compile(config, device),
+    ), gamma
 
 
 def main(config: Config) -> None:
@@ -450,14 +570,22 @@ def main(config: Config) -> None:
         if (folder / "checkpoint.pt").exists():  # otherwise it ended before its first save, and begins anew
             resumed = load_checkpoint(folder / "checkpoint.pt", "decomposition")
     elif config.out and (Path(config.out) / "checkpoint.pt").exists():
-        raise ValueError(f"out={config.out} already holds a checkpoint: give another folder, or go on with --resume={config.out}")
+        raise ValueError(
+            f"out={config.out} already holds a checkpoint: give another folder, or go on with --resume={config.out}"
+        )
     device = pick_device(distributed.start(config.device))
     if config.B % (config.accumulate * distributed.world()):
-        raise ValueError(f"B={config.B}: must be a multiple of accumulate={config.accumulate} times {distributed.world()} processes")
+        raise ValueError(
+            f"B={config.B}: must be a multiple of accumulate={config.accumulate} times {distributed.world()} processes"
+        )
     if resumed and resumed["processes"] != distributed.world():
-        raise ValueError(f"resume={folder}: that run had {resumed['processes']} processes, and its random numbers cannot go on in {distributed.world()}")
+        raise ValueError(
+            f"resume={folder}: that run had {resumed['processes']} processes, and its random numbers cannot go on in {distributed.world()}"
+        )
     if config.shard and distributed.world() == 1:
-        raise ValueError("shard=True: one process has nothing to divide Gamma over; start several with torchrun --nproc_per_node=N, or leave shard out")
+        raise ValueError(
+            "shard=True: one process has nothing to divide Gamma over; start several with torchrun --nproc_per_node=N, or leave shard out"
+        )
     with distributed.first_process_first():  # it tokenises the text and trains the target, if they are not there
         corpus = data.load(config.dataset, config.data_dir, config.max_tokens)
         if resumed:
@@ -469,7 +597,13 @@ def main(config: Config) -> None:
     began = time.time() - (resumed["seconds"] if resumed else 0)
     from bench import estimate  # here, as it reads this file's settings
 
-    estimate.report(config, GPTConfig(**target_checkpoint["gpt"]), device, distributed.world(), half=not isinstance(autocast(device), contextlib.nullcontext))
+    estimate.report(
+        config,
+        GPTConfig(**target_checkpoint["gpt"]),
+        device,
+        distributed.world(),
+        half=not isinstance(autocast(device), contextlib.nullcontext),
+    )
     vpd, gamma = build(config, target_checkpoint, device)
     print(f"decompose: {vpd.decomposition.L} matrices into {gamma['C']:,} subcomponents, on {device}")
 
@@ -482,7 +616,9 @@ def main(config: Config) -> None:
     if resumed:
         vpd.load_state_dict(resumed["vpd"])
     else:
-        print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps; run folder {folder}")
+        print(
+            f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps; run folder {folder}"
+        )
     mirror = None
     if first:
         cut_log(folder, vpd.step)
@@ -493,9 +629,16 @@ def main(config: Config) -> None:
 
     def save_run() -> None:
         if distributed.any_of(not all(distributed.local(p).isfinite().all() for p in vpd.learning)):
-            raise ValueError(f"U, V or Gamma is not finite after step {vpd.step - 1}: try a smaller lr than {config.lr}; {folder} keeps what was saved before")
+            raise ValueError(
+                f"U, V or Gamma is not finite after step {vpd.step - 1}: try a smaller lr than {config.lr}; {folder} keeps what was saved before"
+            )
         run = {"kind": "decomposition", "config": asdict(config), "C": vpd.decomposition.C, "ci_fn": gamma}
-        run |= {"target": target_checkpoint, "device": device.type, "processes": distributed.world(), "corpus": corpus.digest()}
+        run |= {
+            "target": target_checkpoint,
+            "device": device.type,
+            "processes": distributed.world(),
+            "corpus": corpus.digest(),
+        }
         run |= {"vpd": vpd.state_dict(), "seconds": time.time() - began}
         if first:
             save(folder / "checkpoint.pt", run)
@@ -512,7 +655,9 @@ def main(config: Config) -> None:
                 began_timing, before = time.perf_counter(), began_timing
                 if step - begun == 2 * TIMED:
                     seconds = (began_timing - before) / TIMED
-                    bar.write(f"estimate: {seconds:.3g} s a step on this device, {seconds * (config.steps - step) / 3600:.2g} hours for the {config.steps - step:,} steps left")
+                    bar.write(
+                        f"estimate: {seconds:.3g} s a step on this device, {seconds * (config.steps - step) / 3600:.2g} hours for the {config.steps - step:,} steps left"
+                    )
 
             last, stop = step == config.steps - 1, distributed.any_of(interrupted())
             saving = last or stop or (step + 1) % config.save_every == 0
@@ -520,12 +665,17 @@ def main(config: Config) -> None:
                 row = {"step": step} | {name: value.item() for name, value in losses_of_step.items()}
                 bad = [name for name, value in row.items() if not math.isfinite(value)]
                 if bad:
-                    raise ValueError(f"the {bad[0]} loss is {row[bad[0]]} at step {step}: try a smaller lr than {config.lr}; {folder} keeps what was saved before")
+                    raise ValueError(
+                        f"the {bad[0]} loss is {row[bad[0]]} at step {step}: try a smaller lr than {config.lr}; {folder} keeps what was saved before"
+                    )
                 if first and (last or step % config.log_every == 0):
                     log_line(folder, row)
                     if mirror:
                         mirror.log(row, step=step)
-                bar.set_postfix({name: f"{row[name]:.3g}" for name in ("adversarial", "stochastic", "l0") if name in row}, refresh=False)
+                bar.set_postfix(
+                    {name: f"{row[name]:.3g}" for name in ("adversarial", "stochastic", "l0") if name in row},
+                    refresh=False,
+                )
             if saving:
                 save_run()
             if stop and not last:

@@ -115,7 +115,11 @@ def shard(module: nn.Module, units: list[nn.Module], device: torch.device, half:
     # It warns of outputs that are views, as those of nn.Linear are: nobody may change them in place, and nobody does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (world(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if half
+        else MixedPrecisionPolicy()
+    )
     for unit in [*units, module]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
         unit.set_gradient_divide_factor(1.0)  # a sum, not the mean,

@@ -33,7 +33,17 @@ from train_target import build_target, check_vocabulary, next_token_ce
 ALIVE = 1e-6  # a subcomponent is live if its mean g over the evaluation text is above this
 PGD_STEPS = (20, 40, 80, 160, 320)
 R_VALUES = [i / 10 for i in range(11)]
-MODES = ("unmasked", "stochastic", "stochastic_no_delta", "ci", "rounded_0.0", "rounded_0.1", "rounded_0.5", "random", "zero")
+MODES = (
+    "unmasked",
+    "stochastic",
+    "stochastic_no_delta",
+    "ci",
+    "rounded_0.0",
+    "rounded_0.1",
+    "rounded_0.5",
+    "random",
+    "zero",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if min(self.windows, self.batch) < 1 or self.seed < 0:
-            raise ValueError(f"windows={self.windows}, batch={self.batch}: must be at least 1, and seed={self.seed} not negative")
+            raise ValueError(
+                f"windows={self.windows}, batch={self.batch}: must be at least 1, and seed={self.seed} not negative"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +132,9 @@ def adversarial_sources(
     r = sample_sources((*[1] * g.dim(), g.shape[-1] + decomposition.L), generator)
     for _ in range(n_steps):
         r.requires_grad_()
-        (grad_r,) = torch.autograd.grad(reconstruction(decomposition, x, target_output, g, r, None, divergence, frozen=True), r)
+        (grad_r,) = torch.autograd.grad(
+            reconstruction(decomposition, x, target_output, g, r, None, divergence, frozen=True), r
+        )
         r = (r.detach() + 2 / n_steps * grad_r.sign()).clamp(0, 1)
     return r
 
@@ -185,7 +199,9 @@ def evaluate(run: Run, corpus: data.Corpus, config: Config) -> tuple[dict, dict[
     T, L, names = run.config["T"], decomposition.L, decomposition.names
     generator = torch.Generator(device).manual_seed(config.seed)
     sizes = [min(config.batch, config.windows - i) for i in range(0, config.windows, config.batch)]
-    bar = tqdm(total=len(sizes) * (len(MODES) + sum(PGD_STEPS)), desc="evaluate", unit="pass", mininterval=1, leave=False)
+    bar = tqdm(
+        total=len(sizes) * (len(MODES) + sum(PGD_STEPS)), desc="evaluate", unit="pass", mininterval=1, leave=False
+    )
 
     rows = []  # one {quantity: mean over the batch} a batch
     mean_g, l0 = mean_importances(run, corpus, config)
@@ -229,12 +245,23 @@ def evaluate(run: Run, corpus: data.Corpus, config: Config) -> tuple[dict, dict[
         "kl": group("kl"),
         "ce_unrecovered": {mode: gap[mode] / gap["zero"] for mode in MODES},
         "compute_recovered": {mode: compute_recovered(gap[mode], curve) for mode in MODES},
-        "l0": {"total": l0.sum().item(), "per_matrix": {n: part.sum().item() for n, part in zip(names, l0.split(counts))}},
-        "live": {"total": live.sum().item(), "per_matrix": {n: part.sum().item() for n, part in zip(names, live.split(counts))}, "C": sum(counts)},
+        "l0": {
+            "total": l0.sum().item(),
+            "per_matrix": {n: part.sum().item() for n, part in zip(names, l0.split(counts))},
+        },
+        "live": {
+            "total": live.sum().item(),
+            "per_matrix": {n: part.sum().item() for n, part in zip(names, live.split(counts))},
+            "C": sum(counts),
+        },
         "faithfulness": faithfulness(decomposition).item(),
         "hidden_mse": group("hidden_mse"),
         "constant_r": {"r": R_VALUES, "ce": list(group("r").values())},
-        "seconds": {"target": run.checkpoint["target"]["seconds"], "decompose": run.checkpoint["seconds"], "eval": time.time() - began},
+        "seconds": {
+            "target": run.checkpoint["target"]["seconds"],
+            "decompose": run.checkpoint["seconds"],
+            "eval": time.time() - began,
+        },
     }
     return metrics, dict(zip(names, (part.numpy() for part in mean_g.split(counts))))
 
@@ -257,7 +284,7 @@ def read_metrics(folder: str | Path) -> dict:
 
 
 def layer_of(name: str) -> str:
-    """"blocks.0.attn.q" to "blocks.0"."""
+    """ "blocks.0.attn.q" to "blocks.0"."""
     return ".".join(name.split(".")[:2])
 
 
@@ -267,19 +294,29 @@ def table(metrics: dict, C: dict[str, int]) -> str:
     lines.append(f"{'target':20s} {metrics['ce']['target']:8.4f}")
     for mode in MODES:
         unrecovered, recovered = metrics["ce_unrecovered"][mode], metrics["compute_recovered"][mode]
-        lines.append(f"{mode:20s} {metrics['ce'][mode]:8.4f} {metrics['kl'][mode]:9.4f} {unrecovered:15.2%} {recovered:18.1%}")
+        lines.append(
+            f"{mode:20s} {metrics['ce'][mode]:8.4f} {metrics['kl'][mode]:9.4f} {unrecovered:15.2%} {recovered:18.1%}"
+        )
     for n in PGD_STEPS:
         lines.append(f"{f'adversarial_{n}':20s} {'':8s} {metrics['kl'][f'adversarial_{n}']:9.4f}")
     lines += ["", f"{'':20s} {'C':>8s} {'live':>9s} {'L0':>15s}"]
     for name in C:
-        lines.append(f"{name:20s} {C[name]:8d} {metrics['live']['per_matrix'][name]:9d} {metrics['l0']['per_matrix'][name]:15.2f}")
+        lines.append(
+            f"{name:20s} {C[name]:8d} {metrics['live']['per_matrix'][name]:9d} {metrics['l0']['per_matrix'][name]:15.2f}"
+        )
     layers = list(dict.fromkeys(map(layer_of, C)))
     for layer in layers if 1 < len(layers) < len(C) else []:
         inside = [name for name in C if layer_of(name) == layer]
         l0, live = (sum(metrics[key]["per_matrix"][name] for name in inside) for key in ("l0", "live"))
         lines.append(f"{layer:20s} {sum(C[name] for name in inside):8d} {live:9d} {l0:15.2f}")
-    lines.append(f"{'total':20s} {metrics['live']['C']:8d} {metrics['live']['total']:9d} {metrics['l0']['total']:15.2f}")
-    lines += ["", f"faithfulness {metrics['faithfulness']:.2e}   hidden MSE " + ", ".join(f"{k} {v:.4f}" for k, v in metrics["hidden_mse"].items())]
+    lines.append(
+        f"{'total':20s} {metrics['live']['C']:8d} {metrics['live']['total']:9d} {metrics['l0']['total']:15.2f}"
+    )
+    lines += [
+        "",
+        f"faithfulness {metrics['faithfulness']:.2e}   hidden MSE "
+        + ", ".join(f"{k} {v:.4f}" for k, v in metrics["hidden_mse"].items()),
+    ]
     lines.append("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in metrics["seconds"].items()))
     return "\n".join(lines)
 
@@ -310,7 +347,13 @@ def plot_losses(rows: list[dict], coefficients: dict[str, float], path: Path) ->
     steps = [row["step"] for row in rows]
     for name, beta in (coefficients | {"total": 1.0}).items():
         if name in rows[0]:
-            ax.plot(steps, [beta * row[name] for row in rows], color=COLOURS[name], lw=1.2, label=name if name == "total" else f"{beta:g} × {name}")
+            ax.plot(
+                steps,
+                [beta * row[name] for row in rows],
+                color=COLOURS[name],
+                lw=1.2,
+                label=name if name == "total" else f"{beta:g} × {name}",
+            )
     ax.set(xlabel="step", ylabel="loss × coefficient", yscale="log", title="Losses")
     ax.set_ylim(top=8 * ax.get_ylim()[1])  # room for the legend
     ax.legend(fontsize=8, loc="upper right", ncols=2)
@@ -335,7 +378,13 @@ def plot_spectrum(mean_g: dict[str, np.ndarray], path: Path) -> None:
                 continue
             kind, values, n = name.rpartition(".")[2], np.sort(values)[::-1], int((values > ALIVE).sum())
             colour = COLOURS.get(kind)
-            (line,) = ax.plot(np.arange(1, len(values) + 1), np.maximum(values, floor), color=colour, lw=1.3, label=f"{kind}: {n} of {len(values)} live")
+            (line,) = ax.plot(
+                np.arange(1, len(values) + 1),
+                np.maximum(values, floor),
+                color=colour,
+                lw=1.3,
+                label=f"{kind}: {n} of {len(values)} live",
+            )
             if n:
                 ax.plot(n, values[n - 1], "o", color=line.get_color(), ms=5)
         ax.axhline(ALIVE, color="#7f7f7f", lw=0.8, ls=":")
@@ -356,7 +405,11 @@ def plot_importances(g: np.ndarray, tokens: list[str], path: Path) -> None:
     figure, ax = plt.subplots(figsize=(0.17 * g.shape[1] + 1, 7))
     image = ax.imshow(g, aspect="auto", cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6, family="monospace")
-    ax.set(xlabel="position t: its token", ylabel="subcomponent, by hierarchical clustering", title=f"Causal importances of {len(g)} subcomponents on a validation text")
+    ax.set(
+        xlabel="position t: its token",
+        ylabel="subcomponent, by hierarchical clustering",
+        title=f"Causal importances of {len(g)} subcomponents on a validation text",
+    )
     figure.colorbar(image, ax=ax, label="g", fraction=0.025, pad=0.01)
     save_figure(figure, path)
 
@@ -370,15 +423,31 @@ def plot_ablations(runs: dict[str, dict], path: Path) -> None:
 
     figure, (ax_kl, ax_r) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for (label, metrics), colour in zip(runs.items(), ("#d55e00", "#0072b2")):
-        ax_kl.plot(PGD_STEPS, [metrics["kl"][f"adversarial_{n}"] for n in PGD_STEPS], "o-", color=colour, label=f"{label}: adversarial r")
+        ax_kl.plot(
+            PGD_STEPS,
+            [metrics["kl"][f"adversarial_{n}"] for n in PGD_STEPS],
+            "o-",
+            color=colour,
+            label=f"{label}: adversarial r",
+        )
         ax_kl.axhline(metrics["kl"]["stochastic"], color=colour, lw=1, ls=":", label=f"{label}: r ~ U(0, 1)")
         ax_r.plot(metrics["constant_r"]["r"], metrics["constant_r"]["ce"], "o-", color=colour, label=label)
-    ax_kl.set(xscale="log", yscale="log", xlabel="sign-ascent steps of the adversary", ylabel="KL(target ‖ masked), nats a token", title="Sources chosen by an adversary")
+    ax_kl.set(
+        xscale="log",
+        yscale="log",
+        xlabel="sign-ascent steps of the adversary",
+        ylabel="KL(target ‖ masked), nats a token",
+        title="Sources chosen by an adversary",
+    )
     ax_kl.set_xticks(PGD_STEPS, map(str, PGD_STEPS))
     ax_kl.set_xticks([], minor=True)
     ax_kl.set_ylim(top=2 * ax_kl.get_ylim()[1])  # room for the legend
     ax_r.axhline(metrics["ce"]["target"], color="#7f7f7f", lw=1, ls="--", label="target")
-    ax_r.set(xlabel="r, the same for every subcomponent and Delta", ylabel="CE, nats a token", title="One constant source: m = g + (1 − g) r")
+    ax_r.set(
+        xlabel="r, the same for every subcomponent and Delta",
+        ylabel="CE, nats a token",
+        title="One constant source: m = g + (1 − g) r",
+    )
     for ax in (ax_kl, ax_r):
         ax.legend(fontsize=8)
     save_figure(figure, path)
@@ -399,15 +468,29 @@ def generations(run: Run, corpus: data.Corpus, seed: int, n_tokens: int = 64, wi
         ids = generate(f, prompt, n_tokens, T, torch.Generator(device).manual_seed(seed))[0, prompt.shape[1] :]
         text = corpus.encoding.decode(ids.tolist()).expandtabs(4)
         lines = [line[i : i + width] for line in text.splitlines() for i in range(0, max(1, len(line)), width)]
-        columns.append([mode, "-" * width, *("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines)])
+        columns.append(
+            [
+                mode,
+                "-" * width,
+                *("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines),
+            ]
+        )
     height = max(map(len, columns))
     rows = zip(*(column + [""] * (height - len(column)) for column in columns))
-    return "prompt:\n" + corpus.encoding.decode(prompt[0].tolist()) + "\n\n" + "\n".join(" | ".join(f"{cell:{width}s}" for cell in row).rstrip() for row in rows) + "\n"
+    return (
+        "prompt:\n"
+        + corpus.encoding.decode(prompt[0].tolist())
+        + "\n\n"
+        + "\n".join(" | ".join(f"{cell:{width}s}" for cell in row).rstrip() for row in rows)
+        + "\n"
+    )
 
 
 def report(run: Run, config: Config) -> dict:
     """Evaluate a run, print the table, write metrics.json, figures/*.png and generations.txt; returns the metrics."""
-    corpus = data.load(run.config["dataset"], config.data_dir or run.config["data_dir"], run.config.get("max_tokens", 0))
+    corpus = data.load(
+        run.config["dataset"], config.data_dir or run.config["data_dir"], run.config.get("max_tokens", 0)
+    )
     check_vocabulary(run.folder, run.checkpoint["target"], corpus)
     runs = {}
     if config.against and Path(config.against) != run.folder:
@@ -422,13 +505,21 @@ def report(run: Run, config: Config) -> dict:
 
     matplotlib.use("Agg")
     figures, c = run.folder / "figures", run.config
-    betas = {"adversarial": c["beta_adv"], "stochastic": c["beta_stoch"], "importance": c["beta_imp"], "frequency": c["beta_freq"], "faithfulness": c["beta_delta"]}
+    betas = {
+        "adversarial": c["beta_adv"],
+        "stochastic": c["beta_stoch"],
+        "importance": c["beta_imp"],
+        "frequency": c["beta_freq"],
+        "faithfulness": c["beta_delta"],
+    }
     plot_losses(read_log(run.folder), betas, figures / "losses.png")
     plot_spectrum(mean_g, figures / "spectrum.png")
     x = corpus.batch("val", 0, 1, c["T"], config.seed)[:, :-1]
     _, g = run.importances(x.to(next(run.ci_fn.parameters()).device))
     tokens = [repr(corpus.encoding.decode([t]).replace(" ", "·"))[1:-1] for t in x[0].tolist()]
-    plot_importances(g[0].float().cpu().numpy(), [t if len(t) < 12 else t[:11] + "…" for t in tokens], figures / "importances.png")
+    plot_importances(
+        g[0].float().cpu().numpy(), [t if len(t) < 12 else t[:11] + "…" for t in tokens], figures / "importances.png"
+    )
     plot_ablations(runs, figures / "ablations.png")
     with written(run.folder / "generations.txt") as temporary:
         temporary.write_text(generations(run, corpus, config.seed), encoding="utf-8")

@@ -130,7 +130,9 @@ def frequency_minimality(g: Tensor, p: float | Tensor) -> Tensor:
     return (s * torch.log2(1 + s)).sum() / g[..., 0].numel()
 
 
-def minimality(g: Tensor, p: float | Tensor, whole: Callable[[Tensor], Tensor] | None = None, n_parts: int = 1) -> tuple[Tensor, Tensor]:
+def minimality(
+    g: Tensor, p: float | Tensor, whole: Callable[[Tensor], Tensor] | None = None, n_parts: int = 1
+) -> tuple[Tensor, Tensor]:
     """(importance_minimality, frequency_minimality) from one pass over g, as both need the same powers.
 
     Where g is one of the n_parts equal parts of a batch (of several processes, or one after the other), `whole` gives the
@@ -211,7 +213,9 @@ def adversarial_reconstruction(
 # D. The adversary
 
 
-def adam_ascent(r: Tensor, grad_r: Tensor, mom1: Tensor, mom2: Tensor, count: Tensor, lr: Tensor, beta1: float, beta2: float) -> None:
+def adam_ascent(
+    r: Tensor, grad_r: Tensor, mom1: Tensor, mom2: Tensor, count: Tensor, lr: Tensor, beta1: float, beta2: float
+) -> None:
     """One Adam step uphill, in place, then r is clamped to [0, 1]. Shapes of r, grad_r, mom1, mom2 agree; count, lr are scalars."""
     count += 1
     mom1.lerp_(grad_r, 1 - beta1)
@@ -230,8 +234,13 @@ class Adversary:
     ADAM_EPS = 1e-8
 
     def __init__(
-        self, positions: tuple[int, ...], n_sources: int, generator: torch.Generator, S: int = 1,
-        scope: Literal["position", "batch"] = "position", betas: tuple[float, float] = (0.5, 0.99),
+        self,
+        positions: tuple[int, ...],
+        n_sources: int,
+        generator: torch.Generator,
+        S: int = 1,
+        scope: Literal["position", "batch"] = "position",
+        betas: tuple[float, float] = (0.5, 0.99),
     ) -> None:
         axes = positions if scope == "position" else (1,) * len(positions)
         self.r = sample_sources((S, *axes, n_sources), generator)

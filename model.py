@@ -171,7 +171,13 @@ class Decomposition(nn.Module):
     Initialisation: V ~ N(0, 1/d_in), U ~ N(0, 1/C_l).
     """
 
-    def __init__(self, target: nn.Module, C: int | Mapping[str, int], generator: torch.Generator | None = None, hidden: bool = False) -> None:
+    def __init__(
+        self,
+        target: nn.Module,
+        C: int | Mapping[str, int],
+        generator: torch.Generator | None = None,
+        hidden: bool = False,
+    ) -> None:
         super().__init__()
         self.target, self.hidden = target.requires_grad_(False).eval(), hidden
         self.C = match_linears(target, {"*": C} if isinstance(C, int) else C)
@@ -225,7 +231,9 @@ class Decomposition(nn.Module):
         def recorder(i):
             def record(x, Wx):
                 if inputs[i] is not None:
-                    raise ValueError(f"{self.names[i]} is applied more than once in a forward pass, so it cannot be decomposed")
+                    raise ValueError(
+                        f"{self.names[i]} is applied more than once in a forward pass, so it cannot be decomposed"
+                    )
                 inputs[i] = x.detach()
                 return Wx
 
@@ -235,10 +243,14 @@ class Decomposition(nn.Module):
             output = self.f(x)
         unseen = [name for name, seen in zip(self.names, inputs) if seen is None]
         if unseen:  # it could not be masked either
-            raise ValueError(f"{', '.join(unseen)}: the target's forward pass does not apply this nn.Linear, so it cannot be decomposed")
+            raise ValueError(
+                f"{', '.join(unseen)}: the target's forward pass does not apply this nn.Linear, so it cannot be decomposed"
+            )
         return output, inputs
 
-    def forward(self, x: Tensor, m: Tensor | None = None, routing: Tensor | None = None, frozen: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, m: Tensor | None = None, routing: Tensor | None = None, frozen: bool = False
+    ) -> Tensor:
         """f(x | W'(m)), the paper's masked forward pass; with m=None exactly the target.
 
         m: masks [B, T, C + L] (or broadcastable to it), the subcomponents in the order of `names`, then one for each

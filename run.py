@@ -50,7 +50,9 @@ def written(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def run_script(main: Callable[[Any], None], Config: type, doc: str | None, defaults: Callable[[], Any] | None = None) -> None:
+def run_script(
+    main: Callable[[Any], None], Config: type, doc: str | None, defaults: Callable[[], Any] | None = None
+) -> None:
     """Read the flags, run `main`; a user's mistake (ValueError, OSError) ends with one line on stderr and exit code 1.
 
     defaults: gives the Config that the flags change, where its defaults depend on the command line itself.
@@ -64,7 +66,9 @@ def run_script(main: Callable[[Any], None], Config: type, doc: str | None, defau
 
         def parse(**default) -> tuple[Any, list[str]]:
             with contextlib.redirect_stderr(said):
-                return tyro.cli(Config, description=doc, config=style, use_underscores=True, return_unknown_args=True, **default)
+                return tyro.cli(
+                    Config, description=doc, config=style, use_underscores=True, return_unknown_args=True, **default
+                )
 
         try:
             config, unknown = parse(**({"default": defaults()} if defaults else {}))
@@ -73,13 +77,17 @@ def run_script(main: Callable[[Any], None], Config: type, doc: str | None, defau
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
-            box = [line.strip("\u2502 ") for line in said.getvalue().splitlines()[1:]]  # its first paragraph says what is wrong
+            box = [
+                line.strip("\u2502 ") for line in said.getvalue().splitlines()[1:]
+            ]  # its first paragraph says what is wrong
             text = " ".join(itertools.takewhile(lambda line: not line.startswith(("\u2500", "\u2570")), box))
             raise ValueError(f"{text}; --help lists the flags") from stop
         if unknown:
             flags = ["--" + field.name for field in fields(Config)]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            raise ValueError(f"unknown flag {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else "; --help lists the flags"))
+            raise ValueError(
+                f"unknown flag {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else "; --help lists the flags")
+            )
         main(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
@@ -112,7 +120,9 @@ def save(path: Path, checkpoint: dict) -> None:
         with written(path) as temporary:
             torch.save(checkpoint, temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(f"cannot save {path} ({str(error).splitlines()[0]}); an earlier {path.name} there is still whole") from error
+        raise OSError(
+            f"cannot save {path} ({str(error).splitlines()[0]}); an earlier {path.name} there is still whole"
+        ) from error
 
 
 def load_checkpoint(path: Path, kind: Literal["target", "target in training", "decomposition"]) -> dict:
@@ -135,21 +145,28 @@ def write_config(folder: Path, config: Any, device: torch.device) -> None:
     """config.json: every setting, the command, versions, and the hardware by its name."""
     about = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in ("torch", "numpy", "tiktoken")},
+        "hardware": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version()}
+        | {p: metadata.version(p) for p in ("torch", "numpy", "tiktoken")},
     }
     with written(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(asdict(config) | about, indent=2) + "\n")
 
 
-def resumed_settings(folder: Path, file: str, kind: Literal["target in training", "decomposition"], Config: type) -> Any:
+def resumed_settings(
+    folder: Path, file: str, kind: Literal["target in training", "decomposition"], Config: type
+) -> Any:
     """The settings of the run to go on with: from its last save, or, if it ended before the first, from config.json."""
     if not (folder / file).exists() and (folder / "config.json").exists():
         saved = json.loads((folder / "config.json").read_text())
     else:
         saved = load_checkpoint(folder / file, kind)["config"]
     values = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
-    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()} | {"resume": str(folder)})
+    return Config(
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()} | {"resume": str(folder)}
+    )
 
 
 def check_unchanged(config: Any, saved: Any, may_change: tuple[str, ...]) -> None:
@@ -157,7 +174,9 @@ def check_unchanged(config: Any, saved: Any, may_change: tuple[str, ...]) -> Non
     for name, value in asdict(saved).items():
         now = getattr(config, name)
         if now != value and name not in may_change:
-            raise ValueError(f"{name}={now}: the run in {config.resume} has {name}={value}, and on resuming only {', '.join(may_change)} may change")
+            raise ValueError(
+                f"{name}={now}: the run in {config.resume} has {name}={value}, and on resuming only {', '.join(may_change)} may change"
+            )
 
 
 def log_line(folder: Path, row: dict[str, float]) -> None:
@@ -209,4 +228,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def progress_bar(start: int, steps: int, name: str) -> tqdm:
     """A bar with the time left; in a log file a line every half minute."""
     disable = distributed.rank() > 0
-    return tqdm(range(start, steps), disable=disable, initial=start, total=steps, desc=name, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+    return tqdm(
+        range(start, steps),
+        disable=disable,
+        initial=start,
+        total=steps,
+        desc=name,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    )

@@ -32,8 +32,18 @@ END_OF_TEXT = "<|endoftext|>"
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 BPE_VOCAB = 1024  # tokens of a learnt encoding, end-of-text included
 BPE_SAMPLE = 2_000_000  # characters that it is learnt from
-SUFFIXES = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}  # file type to the builder of `datasets`
-COLUMNS = ("text", "story", "content", "input_ids")  # where a document is looked for, in this order; input_ids is tokens already
+SUFFIXES = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".jsonl.zst": "json",
+    ".parquet": "parquet",
+}  # file type to the builder of `datasets`
+COLUMNS = (
+    "text",
+    "story",
+    "content",
+    "input_ids",
+)  # where a document is looked for, in this order; input_ids is tokens already
 HUB = {  # sets with a short name: (id on the hub, column)
     "pile": ("monology/pile-uncopyrighted", "text"),
     "simplestories": ("SimpleStories/SimpleStories", "story"),
@@ -122,7 +132,9 @@ def file_type(path: Path) -> str:
 def local_files(path: Path) -> list[Path]:
     """The file itself, or all files of a known type in a folder. FileNotFoundError, ValueError: see the text."""
     if not path.exists():
-        raise FileNotFoundError(f"dataset {str(path)!r} does not exist: give 'stdlib', {', '.join(map(repr, HUB))}, 'hf:<id>[:column]' or the path of a {', '.join(SUFFIXES)} file or a folder of them")
+        raise FileNotFoundError(
+            f"dataset {str(path)!r} does not exist: give 'stdlib', {', '.join(map(repr, HUB))}, 'hf:<id>[:column]' or the path of a {', '.join(SUFFIXES)} file or a folder of them"
+        )
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if file_type(p))
     types = sorted(set(map(file_type, files)))
     if not files or not types[0]:
@@ -152,7 +164,9 @@ def explained(dataset: str) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if hub_set(dataset) is None:
-            raise ValueError(f"dataset {dataset!r} cannot be read as {SUFFIXES[file_type(local_files(Path(dataset))[0])]}: {reason}") from error
+            raise ValueError(
+                f"dataset {dataset!r} cannot be read as {SUFFIXES[file_type(local_files(Path(dataset))[0])]}: {reason}"
+            ) from error
         from huggingface_hub import constants
 
         raise ValueError(
@@ -187,11 +201,24 @@ def documents_of(dataset: str, rows) -> Iterator[str | list[int]]:
         if column not in row:
             found = [] if column else [name for name in COLUMNS if name in row]
             if not found:
-                raise ValueError(f"dataset {dataset!r} has columns {', '.join(row)}: " + (f"there is no {column!r}" if column else f"one must be {', '.join(map(repr, COLUMNS[:-1]))} or {COLUMNS[-1]!r}"))
+                raise ValueError(
+                    f"dataset {dataset!r} has columns {', '.join(row)}: "
+                    + (
+                        f"there is no {column!r}"
+                        if column
+                        else f"one must be {', '.join(map(repr, COLUMNS[:-1]))} or {COLUMNS[-1]!r}"
+                    )
+                )
             column = found[0]
         document = row[column]
-        if document and not isinstance(document, str) and not (isinstance(document, list) and isinstance(document[0], int)):
-            raise ValueError(f"dataset {dataset!r}: column {column!r} holds {type(document).__name__}, not text or token ids")
+        if (
+            document
+            and not isinstance(document, str)
+            and not (isinstance(document, list) and isinstance(document[0], int))
+        ):
+            raise ValueError(
+                f"dataset {dataset!r}: column {column!r} holds {type(document).__name__}, not text or token ids"
+            )
         if document:
             yield document
 
@@ -218,7 +245,9 @@ def choose_encoding(dataset: str, sample: str) -> tiktoken.Encoding:
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken raises whatever its download raised
-            print(f"data: GPT-2's vocabulary cannot be had here ({type(error).__name__}): learning a BPE of {BPE_VOCAB} tokens from the text")
+            print(
+                f"data: GPT-2's vocabulary cannot be had here ({type(error).__name__}): learning a BPE of {BPE_VOCAB} tokens from the text"
+            )
     return bpe_encoding(learn_bpe(sample, BPE_VOCAB - 1))
 
 
@@ -250,12 +279,20 @@ def finish(temporary: Path, home: Path, meta: dict, encoding: tiktoken.Encoding)
     shutil.rmtree(home, ignore_errors=True)
     os.replace(temporary, home)
     settle(home.parent)
-    print(f"data: {meta['dataset']}: {meta['documents']:,} documents, {meta['train']:,} training and {meta['val']:,} validation tokens, vocabulary {encoding.n_vocab:,}")
+    print(
+        f"data: {meta['dataset']}: {meta['documents']:,} documents, {meta['train']:,} training and {meta['val']:,} validation tokens, vocabulary {encoding.n_vocab:,}"
+    )
 
 
 def tokenise(dataset: str, home: Path, mark: str) -> None:
     """Write train.bin, val.bin, vocab.json and meta.json, in a folder of its own that is renamed when it is whole."""
-    documents = list(tqdm(stdlib_documents() if dataset == "stdlib" else local_documents(Path(dataset)), desc="read", unit=" documents"))
+    documents = list(
+        tqdm(
+            stdlib_documents() if dataset == "stdlib" else local_documents(Path(dataset)),
+            desc="read",
+            unit=" documents",
+        )
+    )
     if not documents:
         raise ValueError(f"dataset {dataset!r} holds no text")
     if isinstance(documents[0], list):
@@ -272,7 +309,9 @@ def tokenise(dataset: str, home: Path, mark: str) -> None:
             for split, ids in split_documents(documents, encoding):
                 np.array([*ids, encoding.eot_token], np.uint16).tofile({"train": train, "val": val}[split])
                 size[split] += len(ids) + 1
-        finish(temporary, home, {"fingerprint": mark, "dataset": dataset, "documents": len(documents), **size}, encoding)
+        finish(
+            temporary, home, {"fingerprint": mark, "dataset": dataset, "documents": len(documents), **size}, encoding
+        )
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -288,7 +327,9 @@ def tokenise_stream(dataset: str, home: Path, mark: str, max_tokens: int) -> Non
     progress = {"fingerprint": mark, "source": None, "vocab": None, "documents": 0, "train": 0, "val": 0, "largest": 0}
     try:
         saved = json.loads((part / "progress.json").read_text())
-        if saved["fingerprint"] == mark and all((part / f"{s}.bin").stat().st_size >= 2 * saved[s] for s in ("train", "val")):
+        if saved["fingerprint"] == mark and all(
+            (part / f"{s}.bin").stat().st_size >= 2 * saved[s] for s in ("train", "val")
+        ):
             progress = saved
             rows.load_state_dict(saved["source"])
             print(f"data: {dataset}: going on after document {saved['documents']:,}")
@@ -335,17 +376,28 @@ def tokenise_stream(dataset: str, home: Path, mark: str, max_tokens: int) -> Non
             settled()
             bar.close()
     except OSError as error:
-        raise OSError(f"cannot write the tokens of {dataset!r} to {part} ({error.strerror or error}): make room and give the same command again, it goes on from there") from error
+        raise OSError(
+            f"cannot write the tokens of {dataset!r} to {part} ({error.strerror or error}): make room and give the same command again, it goes on from there"
+        ) from error
     if total < max_tokens:
-        print(f"data: {dataset} ends after {total:,} tokens, fewer than the {max_tokens:,} asked for: training goes round it more than once")
+        print(
+            f"data: {dataset} ends after {total:,} tokens, fewer than the {max_tokens:,} asked for: training goes round it more than once"
+        )
     if not (progress["train"] and progress["val"]):
         shutil.rmtree(part)
         if hub_set(dataset) or encoding.name == "ids":
-            raise ValueError(f"dataset {dataset!r}: its {progress['documents']} documents are too few for a training and a validation set: raise --max_tokens")
+            raise ValueError(
+                f"dataset {dataset!r}: its {progress['documents']} documents are too few for a training and a validation set: raise --max_tokens"
+            )
         return tokenise(dataset, home, mark)  # so few documents that one has to be divided
     if encoding.name == "ids":
         encoding = numbered_encoding(progress["largest"] + 1)
-    finish(part, home, {"dataset": dataset, **{name: progress[name] for name in ("fingerprint", "documents", "train", "val")}}, encoding)
+    finish(
+        part,
+        home,
+        {"dataset": dataset, **{name: progress[name] for name in ("fingerprint", "documents", "train", "val")}},
+        encoding,
+    )
     (home / "progress.json").unlink()  # only now that nothing can be lost
 
 
@@ -368,10 +420,15 @@ def stream_encoding(dataset: str, first: str | list[int]) -> tiktoken.Encoding:
 def ids_of(dataset: str, documents: list[str] | list[list[int]], encoding: tiktoken.Encoding) -> list[np.ndarray]:
     """uint16 tokens of each document: text with an end-of-text token behind it, ids as they came."""
     if encoding.name != "ids":
-        return [np.array([*ids, encoding.eot_token], np.uint16) for ids in encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count() or 1)]
+        return [
+            np.array([*ids, encoding.eot_token], np.uint16)
+            for ids in encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count() or 1)
+        ]
     for ids in documents:
         if min(ids) < 0 or max(ids) >= 2**16:
-            raise ValueError(f"dataset {dataset!r} has the token id {min(ids) if min(ids) < 0 else max(ids)}: 0 to 65,535 can be stored")
+            raise ValueError(
+                f"dataset {dataset!r} has the token id {min(ids) if min(ids) < 0 else max(ids)}: 0 to 65,535 can be stored"
+            )
     return [np.array(ids, np.uint16) for ids in documents]
 
 
@@ -379,11 +436,16 @@ def bpe_sample(documents: list[str]) -> str:
     """About BPE_SAMPLE characters of training documents, spread evenly over the corpus."""
     total = sum(map(len, documents))
     step = max(1, total // BPE_SAMPLE)
-    return "".join(d for d in documents[::step] if not is_validation(d))[: 2 * BPE_SAMPLE] or documents[0][: int(0.95 * len(documents[0]))]
+    return (
+        "".join(d for d in documents[::step] if not is_validation(d))[: 2 * BPE_SAMPLE]
+        or documents[0][: int(0.95 * len(documents[0]))]
+    )
 
 
 def is_validation(document: str | list[int]) -> bool:
-    content = document.encode("utf-8", "replace") if isinstance(document, str) else np.array(document, np.int64).tobytes()
+    content = (
+        document.encode("utf-8", "replace") if isinstance(document, str) else np.array(document, np.int64).tobytes()
+    )
     return zlib.crc32(content) % 20 == 0
 
 
@@ -395,10 +457,17 @@ def split_documents(documents: list[str], encoding: tiktoken.Encoding) -> Iterat
         print("data: one document only: its last 5 % is the validation text")
         documents, splits = [documents[0][:cut], documents[0][cut:]], ["train", "val"]
     elif len(set(splits)) == 1:  # with all its copies
-        splits = [{"train": "val", "val": "train"}[split] if d == documents[-1] else split for d, split in zip(documents, splits)]
+        splits = [
+            {"train": "val", "val": "train"}[split] if d == documents[-1] else split
+            for d, split in zip(documents, splits)
+        ]
     bar = tqdm(total=sum(map(len, documents)), desc="tokenise", unit=" characters", unit_scale=True)
     for i in range(0, len(documents), 64):  # a few documents at a time on several threads
-        for split, document, ids in zip(splits[i : i + 64], documents[i : i + 64], encoding.encode_ordinary_batch(documents[i : i + 64], num_threads=os.cpu_count() or 1)):
+        for split, document, ids in zip(
+            splits[i : i + 64],
+            documents[i : i + 64],
+            encoding.encode_ordinary_batch(documents[i : i + 64], num_threads=os.cpu_count() or 1),
+        ):
             bar.update(len(document))
             yield split, ids
     bar.close()

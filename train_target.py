@@ -26,12 +26,23 @@ import torch.nn.functional as F
 
 import data
 import distributed
-from tokenise import hub_set
 from model import GPT, GPTConfig, generate
 from run import (
-    autocast, check_unchanged, cut_log, interruptible, load_checkpoint, log_line, pick_device, progress_bar, read_log,
-    resumed_settings, run_script, save, write_config,
+    autocast,
+    check_unchanged,
+    cut_log,
+    interruptible,
+    load_checkpoint,
+    log_line,
+    pick_device,
+    progress_bar,
+    read_log,
+    resumed_settings,
+    run_script,
+    save,
+    write_config,
 )  # fmt: skip
+from tokenise import hub_set
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Settings
@@ -53,7 +64,9 @@ def settings_of(scales: dict[str, dict], dataset: str, scale: Scale) -> dict:
 
 @dataclass(frozen=True)
 class Config:
-    scale: Scale = ""  # settings to start from: tiny, laptop, gpu (2 layers of 768), published (4); default that of the dataset
+    scale: Scale = (
+        ""  # settings to start from: tiny, laptop, gpu (2 layers of 768), published (4); default that of the dataset
+    )
     dataset: str = "stdlib"  # 'stdlib', 'pile', 'simplestories', 'tinystories', 'hf:<id>[:column]', or the path of a file or folder of text
     max_tokens: int = 0  # of the dataset, from its beginning; 0: all of it
     data_dir: str = "data"  # where token files are kept
@@ -98,7 +111,20 @@ class Config:
 
 # What differs from the settings above. The widths and heads of `gpu` and `published` are the paper's and the authors'; rate and
 # budget (about 20 tokens a parameter) are ours.
-GPU = dict(n_layer=2, n_head=6, d_model=768, d_mlp=3072, T=512, steps=32_000, B=64, lr=1e-3, warmup=0.02, val_every=500, save_every=2000, max_tokens=10**9)
+GPU = dict(
+    n_layer=2,
+    n_head=6,
+    d_model=768,
+    d_mlp=3072,
+    T=512,
+    steps=32_000,
+    B=64,
+    lr=1e-3,
+    warmup=0.02,
+    val_every=500,
+    save_every=2000,
+    max_tokens=10**9,
+)
 SCALES = {
     "tiny": dict(n_layer=2, n_head=2, d_model=16, d_mlp=32, T=16, steps=40, B=4, val_every=10, val_windows=8),
     "laptop": {},
@@ -151,19 +177,27 @@ def build_target(checkpoint: dict) -> GPT:
 def check_vocabulary(folder: str | Path, checkpoint: dict, corpus: data.Corpus) -> None:
     """ValueError if the target of `checkpoint` was trained on other tokens than the corpus has."""
     if checkpoint["vocabulary"] != corpus.vocabulary:
-        raise ValueError(f"{folder}: its target was trained with another vocabulary than {corpus.name} has here: train a target anew, or name its dataset")
+        raise ValueError(
+            f"{folder}: its target was trained with another vocabulary than {corpus.name} has here: train a target anew, or name its dataset"
+        )
 
 
 def check_resumable(config: Any, saved: dict, corpus: data.Corpus, device: torch.device) -> None:
     """ValueError if a saved run of either script cannot go on here: another kind of device, other tokens, too few steps."""
     if saved["device"] != device.type:
-        raise ValueError(f"resume={config.resume}: that run was on {saved['device']}, and its numbers cannot go on on {device.type}")
+        raise ValueError(
+            f"resume={config.resume}: that run was on {saved['device']}, and its numbers cannot go on on {device.type}"
+        )
     if saved["corpus"] != corpus.digest():
-        raise ValueError(f"resume={config.resume}: the tokens of {corpus.name} are not those of that run: its text has changed")
+        raise ValueError(
+            f"resume={config.resume}: the tokens of {corpus.name} are not those of that run: its text has changed"
+        )
     if config.steps != saved["config"]["steps"]:
         if config.steps < saved["step"]:
             raise ValueError(f"steps={config.steps}: the run in {config.resume} has done {saved['step']} already")
-        print(f"resume: {config.steps:,} steps, not {saved['config']['steps']:,}: from step {saved['step']:,} on all schedules are those of a run of the new length")
+        print(
+            f"resume: {config.steps:,} steps, not {saved['config']['steps']:,}: from step {saved['step']:,} on all schedules are those of a run of the new length"
+        )
 
 
 def default_folder(dataset: str, scale: Scale, corpus: data.Corpus) -> Path:
@@ -175,7 +209,9 @@ def default_folder(dataset: str, scale: Scale, corpus: data.Corpus) -> Path:
 def main(config: Config) -> Path:
     """Train and save a target; returns its run folder."""
     began = time.time()
-    if distributed.world() == 1 < int(os.environ.get("WORLD_SIZE", "1")):  # in a run of decompose.py its first process comes here
+    if (
+        distributed.world() == 1 < int(os.environ.get("WORLD_SIZE", "1"))
+    ):  # in a run of decompose.py its first process comes here
         raise ValueError("train_target.py runs in one process: start it without torchrun")
     if config.resume:
         if (Path(config.resume) / "checkpoint.pt").exists():
@@ -188,10 +224,14 @@ def main(config: Config) -> Path:
     if (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} already holds a target: give another --out, or remove it")
     if not config.resume and (folder / "state.pt").exists():
-        raise ValueError(f"{folder} holds an unfinished target: go on with --resume={folder}, give another --out, or remove it")
+        raise ValueError(
+            f"{folder} holds an unfinished target: go on with --resume={folder}, give another --out, or remove it"
+        )
 
     torch.manual_seed(config.seed)
-    target = GPT(GPTConfig(corpus.vocab_size, config.T, config.n_layer, config.n_head, config.d_model, config.d_mlp)).to(device)
+    target = GPT(
+        GPTConfig(corpus.vocab_size, config.T, config.n_layer, config.n_head, config.d_model, config.d_mlp)
+    ).to(device)
     optimizer = torch.optim.Adam(target.parameters(), lr=config.lr, betas=config.adam_betas, fused=True)
     first = 0
     if config.resume and (folder / "state.pt").exists():
@@ -203,7 +243,9 @@ def main(config: Config) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config, device)
     cut_log(folder, first + 1)  # a row is numbered by the steps done
-    print(f"target: {sum(p.numel() for p in target.parameters()):,} parameters, {config.steps} steps of {config.B} x {config.T} tokens, on {device}")
+    print(
+        f"target: {sum(p.numel() for p in target.parameters()):,} parameters, {config.steps} steps of {config.B} x {config.T} tokens, on {device}"
+    )
 
     with interruptible() as interrupted:
         bar = progress_bar(first, config.steps, "target")
@@ -223,12 +265,24 @@ def main(config: Config) -> Path:
                 row = {"step": step + 1, "tokens": (step + 1) * config.B * config.T, "train_ce": loss.item()}
                 row["val_ce"] = validation_ce(target, corpus, config.val_windows, device)
                 if not math.isfinite(row["train_ce"]):
-                    raise ValueError(f"the training loss is {row['train_ce']} at step {step}: try a smaller lr than {config.lr}")
+                    raise ValueError(
+                        f"the training loss is {row['train_ce']} at step {step}: try a smaller lr than {config.lr}"
+                    )
                 log_line(folder, row)
                 bar.set_postfix(train_ce=f"{row['train_ce']:.3f}", val_ce=f"{row['val_ce']:.3f}", refresh=False)
             if last or stop or (step + 1) % config.save_every == 0:
-                state = {"kind": "target in training", "config": asdict(config), "device": device.type, "corpus": corpus.digest()}
-                state |= {"model": target.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.time() - began}
+                state = {
+                    "kind": "target in training",
+                    "config": asdict(config),
+                    "device": device.type,
+                    "corpus": corpus.digest(),
+                }
+                state |= {
+                    "model": target.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "seconds": time.time() - began,
+                }
                 save(folder / "state.pt", state)
             if stop and not last:
                 bar.close()
@@ -240,11 +294,20 @@ def main(config: Config) -> Path:
     generator = torch.Generator(device).manual_seed(config.seed)
     sample = corpus.encoding.decode(generate(target, prompt, 2 * config.T, config.T, generator)[0].tolist())
     (folder / "sample.txt").write_text(sample, encoding="utf-8")
-    curve = [[row["tokens"], row["val_ce"]] for row in read_log(folder)]  # eval.py reads pretraining compute recovered from it
-    checkpoint = {"kind": "target", "config": asdict(config), "gpt": asdict(target.config), "model": target.state_dict()}
+    curve = [
+        [row["tokens"], row["val_ce"]] for row in read_log(folder)
+    ]  # eval.py reads pretraining compute recovered from it
+    checkpoint = {
+        "kind": "target",
+        "config": asdict(config),
+        "gpt": asdict(target.config),
+        "model": target.state_dict(),
+    }
     save(folder / "checkpoint.pt", checkpoint | {"vocabulary": corpus.vocabulary, "curve": curve, "seconds": seconds})
     (folder / "state.pt").unlink(missing_ok=True)  # only now that the target is whole
-    print(f"target: validation CE {row['val_ce']:.4f} nats a token after {row['tokens']:,} tokens, {seconds:.0f} s; saved in {folder}")
+    print(
+        f"target: validation CE {row['val_ce']:.4f} nats a token after {row['tokens']:,} tokens, {seconds:.0f} s; saved in {folder}"
+    )
     print("a sample of its text:\n" + "\n".join("    | " + line for line in sample.splitlines()))
     return folder
 

@@ -18,7 +18,9 @@ from cluster import cluster
 from studies.components import adjusted_rand
 
 
-def planted(n: int, N: int, L0: float, size: int = 10, missing: float = 0.02, seed: int = 0) -> tuple[sp.csr_matrix, np.ndarray]:
+def planted(
+    n: int, N: int, L0: float, size: int = 10, missing: float = 0.02, seed: int = 0
+) -> tuple[sp.csr_matrix, np.ndarray]:
     """Binary firing [N, n] with about L0 on at a position, and the cluster of each of the n subcomponents."""
     rng = np.random.default_rng(seed)
     position, of = np.nonzero(rng.random((N, n // size)) < L0 / n / (1 - missing))
@@ -34,7 +36,10 @@ def measure(n: int, L0: float) -> None:
     found = cluster(X, alpha=1.0)
     seconds, peak = time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB, from KiB
     ari = adjusted_rand(found.label, truth)
-    print(f"{n:6,} subcomponents, L0 {L0:5.1f}: {seconds:5.1f} s, peak {peak:.2f} GiB; {found.label.max() + 1} clusters of {n // 10} planted, adjusted Rand {ari:.4f}", flush=True)
+    print(
+        f"{n:6,} subcomponents, L0 {L0:5.1f}: {seconds:5.1f} s, peak {peak:.2f} GiB; {found.label.max() + 1} clusters of {n // 10} planted, adjusted Rand {ari:.4f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

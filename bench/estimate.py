@@ -37,7 +37,9 @@ class Cost:
         return sum(self.memory.values())
 
 
-def cost(config: "decompose.Config", gpt: GPTConfig, processes: int = 1, half: bool = False, sharded: bool = False) -> Cost:
+def cost(
+    config: "decompose.Config", gpt: GPTConfig, processes: int = 1, half: bool = False, sharded: bool = False
+) -> Cost:
     """half: bf16 autocast, as on a GPU. sharded: the target, U, V, Gamma and their optimiser divided over the processes, as the
     plan below supposes; decompose.py divides Gamma and its optimiser alone, where config.shard says so."""
     with torch.device("meta"):
@@ -45,7 +47,9 @@ def cost(config: "decompose.Config", gpt: GPTConfig, processes: int = 1, half: b
         C = match_linears(target, decompose.parse_C(config.C))
         shapes = [(*target.get_submodule(name).weight.shape, C_l) for name, C_l in C.items()]  # (d_out, d_in, C_l)
         total_C, D = sum(C.values()), sum(d_in for _, d_in, _ in shapes)
-        ci_fn = CITransformer([d_in for _, d_in, _ in shapes], total_C, config.d_ci, config.n_layer_ci, config.n_head_ci, config.d_mlp_ci)
+        ci_fn = CITransformer(
+            [d_in for _, d_in, _ in shapes], total_C, config.d_ci, config.n_layer_ci, config.n_head_ci, config.d_mlp_ci
+        )
     sizes = {
         "target": sum(p.numel() for p in target.parameters()),
         "U, V": sum((d_out + d_in) * C_l for d_out, d_in, C_l in shapes),
@@ -84,7 +88,9 @@ def cost(config: "decompose.Config", gpt: GPTConfig, processes: int = 1, half: b
     return Cost(total_C, sizes, memory, step_flops(config, gpt, sizes, shapes))
 
 
-def step_flops(config: "decompose.Config", gpt: GPTConfig, sizes: dict[str, int], shapes: list[tuple[int, int, int]]) -> float:
+def step_flops(
+    config: "decompose.Config", gpt: GPTConfig, sizes: dict[str, int], shapes: list[tuple[int, int, int]]
+) -> float:
     """Multiplications and additions in the matrix products of a step, all processes together."""
     T, positions = config.T, config.B * config.T
     attention = 4 * T * gpt.d_model * gpt.n_layer  # q k^T and its product with v, of one position
@@ -96,7 +102,9 @@ def step_flops(config: "decompose.Config", gpt: GPTConfig, sizes: dict[str, int]
     recon = n_recon * (masked + backward + 2 * sizes["U, V"])  # and the gradients of U and V
     gamma = 3 * (2 * sizes["Gamma"] + 4 * T * config.d_ci * config.n_layer_ci)
     first_pass = target + gamma / 3 if config.accumulate > 1 else 0
-    faithfulness = 3 * 2 * sum(d_out * d_in * C_l for d_out, d_in, C_l in shapes)  # U V^T and its two gradients, once a step
+    faithfulness = (
+        3 * 2 * sum(d_out * d_in * C_l for d_out, d_in, C_l in shapes)
+    )  # U V^T and its two gradients, once a step
     return positions * (target + config.S * (inner + recon) + gamma + first_pass) + faithfulness
 
 
@@ -130,14 +138,28 @@ def report(config: "decompose.Config", gpt: GPTConfig, device: torch.device, pro
     """Print the estimate of a run. ValueError if it needs more memory than there is, with the flags that would help."""
     c = cost(config, gpt, processes, half)
     room = available_memory(device) / (processes if device.type == "cpu" else 1)
-    print(f"estimate: {c.subcomponents:,} subcomponents; parameters: " + ", ".join(f"{name} {n / 1e6:,.1f}M" for name, n in c.parameters.items()))
-    print(f"estimate: memory {c.total_memory / GB:.2f} of {room / GB:.1f} GB free: " + ", ".join(f"{name} {n / GB:.2f}" for name, n in c.memory.items()))
+    print(
+        f"estimate: {c.subcomponents:,} subcomponents; parameters: "
+        + ", ".join(f"{name} {n / 1e6:,.1f}M" for name, n in c.parameters.items())
+    )
+    print(
+        f"estimate: memory {c.total_memory / GB:.2f} of {room / GB:.1f} GB free: "
+        + ", ".join(f"{name} {n / GB:.2f}" for name, n in c.memory.items())
+    )
     tokens = config.B * config.T
-    print(f"estimate: {c.flops / tokens / 1e9:.3g} GFLOP a token, {c.flops / 1e12:.3g} TFLOP a step, {c.flops * config.steps:.2g} FLOP in {config.steps:,} steps")
+    print(
+        f"estimate: {c.flops / tokens / 1e9:.3g} GFLOP a token, {c.flops / 1e12:.3g} TFLOP a step, {c.flops * config.steps:.2g} FLOP in {config.steps:,} steps"
+    )
     if c.total_memory > room:
         flags = remedies(config, gpt, room, processes, half)
-        help = f"it would fit with {' or '.join(flags)}" if flags else "no smaller batch would fit either: decompose fewer matrices (--C), a smaller Gamma (--d_ci), or use torchrun on more GPUs with --shard=True"
-        raise ValueError(f"the run needs about {c.total_memory / GB:.1f} GB and {room / GB:.1f} GB are free on {device}: {help}")
+        help = (
+            f"it would fit with {' or '.join(flags)}"
+            if flags
+            else "no smaller batch would fit either: decompose fewer matrices (--C), a smaller Gamma (--d_ci), or use torchrun on more GPUs with --shard=True"
+        )
+        raise ValueError(
+            f"the run needs about {c.total_memory / GB:.1f} GB and {room / GB:.1f} GB are free on {device}: {help}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +170,10 @@ def plan(gpt: GPTConfig) -> "decompose.Config":
     """The published setting, with C, Gamma and its depth in the published proportion to the target's width and depth."""
     published = replace(decompose.Config(), **decompose.SCALES["published"])
     d = gpt.d_model / 768
-    C = ",".join(f"{pattern}={round(C_l * d * (gpt.d_mlp / 4 / gpt.d_model if pattern in ('*.up', '*.down') else 1))}" for pattern, C_l in decompose.parse_C(published.C).items())
+    C = ",".join(
+        f"{pattern}={round(C_l * d * (gpt.d_mlp / 4 / gpt.d_model if pattern in ('*.up', '*.down') else 1))}"
+        for pattern, C_l in decompose.parse_C(published.C).items()
+    )
     d_ci = 32 * round(2048 * d / 32)
     return replace(published, C=C, d_ci=d_ci, n_layer_ci=2 * gpt.n_layer, d_mlp_ci=4 * d_ci)
 
@@ -172,15 +197,21 @@ class Config:
 
 def main(config: Config) -> None:
     """A table: for each target the fewest GPUs (a power of two) that it would fit on with all parameters divided over them."""
-    print(f"GPUs of {config.gpu_memory / GB:.0f} GB, {config.gpu_flops / 1e12:.0f} TFLOP/s each; {config.steps:,} steps of 64 x 512 tokens; memory in GB of one GPU")
-    print(f"{'target':>7s} {'C':>10s} {'U, V':>8s} {'Gamma':>8s} {'GPUs':>5s} {'parts':>5s} {'target':>7s} {'U, V':>7s} {'Gamma':>7s} {'sources':>8s} {'rest':>7s} {'total':>7s} {'GFLOP/token':>12s} {'GPU-days':>9s} {'days':>7s}")
+    print(
+        f"GPUs of {config.gpu_memory / GB:.0f} GB, {config.gpu_flops / 1e12:.0f} TFLOP/s each; {config.steps:,} steps of 64 x 512 tokens; memory in GB of one GPU"
+    )
+    print(
+        f"{'target':>7s} {'C':>10s} {'U, V':>8s} {'Gamma':>8s} {'GPUs':>5s} {'parts':>5s} {'target':>7s} {'U, V':>7s} {'Gamma':>7s} {'sources':>8s} {'rest':>7s} {'total':>7s} {'GFLOP/token':>12s} {'GPU-days':>9s} {'days':>7s}"
+    )
     for name, gpt in TARGETS.items():
         run = plan(gpt)
         fits = [
             (gpus, parts)
             for gpus in (1, 2, 4, 8, 16, 32, 64)
             for parts in (1, 2, 4, 8, 16, 32, 64)
-            if 64 % (gpus * parts) == 0 and cost(replace(run, accumulate=parts), gpt, gpus, half=True, sharded=True).total_memory <= config.gpu_memory
+            if 64 % (gpus * parts) == 0
+            and cost(replace(run, accumulate=parts), gpt, gpus, half=True, sharded=True).total_memory
+            <= config.gpu_memory
         ]
         gpus, parts = fits[0] if fits else (64, 1)
         c = cost(replace(run, accumulate=parts), gpt, gpus, half=True, sharded=True)

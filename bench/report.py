@@ -65,8 +65,14 @@ def main(config: Config) -> None:
             began, busy = time.time(), time.process_time()
             with torch.enable_grad():
                 path = interpret.report(synthetic, corpus, interpret.Config("", tokens=config.tokens, out=str(out)))
-            seconds, busy, gigabytes = time.time() - began, time.process_time() - busy, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(f"{live:6,d} subcomponents: {seconds:6.1f} s, {busy:6.1f} s of CPU, {path.stat().st_size / 1e6:5.1f} MB, peak memory {gigabytes:.2f} GiB")
+            seconds, busy, gigabytes = (
+                time.time() - began,
+                time.process_time() - busy,
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            )
+            print(
+                f"{live:6,d} subcomponents: {seconds:6.1f} s, {busy:6.1f} s of CPU, {path.stat().st_size / 1e6:5.1f} MB, peak memory {gigabytes:.2f} GiB"
+            )
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 import decompose
-from bench import estimate
 import eval as evaluation
 import train_target
+from bench import estimate
 from model import GPT, GPTConfig
 from run import autocast, pick_device, run_script
 
@@ -66,7 +66,9 @@ def sizes(config: Config, C_factor: float = 1.0) -> tuple[decompose.Config, GPTC
         d_ci=wide(run.d_ci, 2 * run.n_head_ci), d_mlp_ci=wide(run.d_mlp_ci),
     )  # fmt: skip
     vocab = 1024 if config.size == "default" else 50_277
-    return run, GPTConfig(wide(vocab), run.T, target.n_layer, target.n_head, wide(target.d_model, 2 * target.n_head), wide(target.d_mlp))
+    return run, GPTConfig(
+        wide(vocab), run.T, target.n_layer, target.n_head, wide(target.d_model, 2 * target.n_head), wide(target.d_mlp)
+    )
 
 
 def build(run: decompose.Config, gpt: GPTConfig, device: torch.device) -> decompose.VPD:
@@ -173,11 +175,33 @@ def measure(config: Config, run: decompose.Config, gpt: GPTConfig, device: torch
     median = {name: statistics.median(t) for name, t in times.items()}
 
     flops, rate, step_s = estimate.cost(run, gpt).flops, product_flops / median["matmul"], median["step"]
-    m = {"size": config.size, "B": run.B, "T": run.T, "scale": config.scale, "device": str(device), "compile": run.compile, "first_three_s": first}
-    m |= {"step_s": step_s, "spread_s": [min(times["step"]), max(times["step"])], "tokens_per_s": run.B * run.T / step_s, "peak_bytes": peak["step"]}
-    m |= {"flops": flops, "matmul_flops_per_s": rate, "mfu": flops / step_s / rate, "parts": {name: median[name] for name in of_a_step}}
+    m = {
+        "size": config.size,
+        "B": run.B,
+        "T": run.T,
+        "scale": config.scale,
+        "device": str(device),
+        "compile": run.compile,
+        "first_three_s": first,
+    }
+    m |= {
+        "step_s": step_s,
+        "spread_s": [min(times["step"]), max(times["step"])],
+        "tokens_per_s": run.B * run.T / step_s,
+        "peak_bytes": peak["step"],
+    }
+    m |= {
+        "flops": flops,
+        "matmul_flops_per_s": rate,
+        "mfu": flops / step_s / rate,
+        "parts": {name: median[name] for name in of_a_step},
+    }
     if config.naive:
-        m |= {"naive_step_s": median["naive"], "naive_peak_bytes": peak["naive"], "naive_mfu": flops / median["naive"] / rate}
+        m |= {
+            "naive_step_s": median["naive"],
+            "naive_peak_bytes": peak["naive"],
+            "naive_mfu": flops / median["naive"] / rate,
+        }
         m |= {"times_as_fast": statistics.median(row["naive"] / row["step"] for row in rounds)}
     return m
 
@@ -191,8 +215,13 @@ def text(m: dict) -> str:
     ]
     if "naive_step_s" in m:
         tokens = m["B"] * m["T"] / m["naive_step_s"]
-        lines += [f"{'naive step, eager':24s} {m['naive_step_s'] * ms:8.1f} {tokens:10,.0f} {m['naive_mfu']:7.1%} {m['naive_peak_bytes'] * mega:9.1f}   (ours is {m['times_as_fast']:.2f} times as fast, with {m['peak_bytes'] / m['naive_peak_bytes']:.0%} of its memory)"]
-    lines += ["parts, each by itself:", *(f"  {name:22s} {t * ms:8.1f} {t / m['step_s']:27.0%} of a step" for name, t in m["parts"].items())]
+        lines += [
+            f"{'naive step, eager':24s} {m['naive_step_s'] * ms:8.1f} {tokens:10,.0f} {m['naive_mfu']:7.1%} {m['naive_peak_bytes'] * mega:9.1f}   (ours is {m['times_as_fast']:.2f} times as fast, with {m['peak_bytes'] / m['naive_peak_bytes']:.0%} of its memory)"
+        ]
+    lines += [
+        "parts, each by itself:",
+        *(f"  {name:22s} {t * ms:8.1f} {t / m['step_s']:27.0%} of a step" for name, t in m["parts"].items()),
+    ]
     return "\n".join(lines)
 
 
@@ -208,14 +237,27 @@ def sweep(config: Config, device: torch.device) -> None:
     for name, colour in (("C", "#d55e00"), ("T", "#0072b2"), ("B", "#009e73")):
         factors, rows = (1, 2, 4), []
         for factor in factors:
-            ways = {"C": lambda: sizes(config, factor)[0], "T": lambda: replace(run, T=factor * run.T), "B": lambda: replace(run, B=factor * run.B)}
+            ways = {
+                "C": lambda: sizes(config, factor)[0],
+                "T": lambda: replace(run, T=factor * run.T),
+                "B": lambda: replace(run, B=factor * run.B),
+            }
             bigger = replace(ways[name](), compile=config.compile is True)
             m = measure(replace(config, naive=False), bigger, replace(gpt, context=bigger.T), device)
             C = estimate.cost(bigger, gpt).subcomponents
-            print(f"C = {C:,}, T = {bigger.T}, B = {bigger.B}: {m['step_s'] * 1e3:.1f} ms, {m['peak_bytes'] / 1e6:.1f} MB", flush=True)
+            print(
+                f"C = {C:,}, T = {bigger.T}, B = {bigger.B}: {m['step_s'] * 1e3:.1f} ms, {m['peak_bytes'] / 1e6:.1f} MB",
+                flush=True,
+            )
             rows.append((m["step_s"] * m["matmul_flops_per_s"], m["peak_bytes"]))  # a busy machine cancels out
         for ax, values in zip(axes, zip(*rows)):
-            ax.plot(factors, [value / values[0] for value in values], "o-", color=colour, label=f"{name} = {getattr(run, name, 0) if name != 'C' else estimate.cost(run, gpt).subcomponents:,} × factor")
+            ax.plot(
+                factors,
+                [value / values[0] for value in values],
+                "o-",
+                color=colour,
+                label=f"{name} = {getattr(run, name, 0) if name != 'C' else estimate.cost(run, gpt).subcomponents:,} × factor",
+            )
     for ax, title in zip(axes, ("time of a step, in matrix products", "peak memory of a step")):
         ax.plot(factors, factors, "--", color="#7f7f7f", label="linear")
         ax.set(xscale="log", yscale="log", xlabel="factor", ylabel="relative to factor 1", title=title)

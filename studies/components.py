@@ -58,7 +58,9 @@ class Components:
 
     def __call__(self, x: Tensor, m: Tensor, routing: Tensor | None = None, frozen: bool = False) -> Tensor:
         """f(x | W'(m)) for masks m [B, T, K + L] of components, then Deltas."""
-        return self.run.decomposition(x, torch.cat((m[..., : -self.L][..., self.label], m[..., -self.L :]), -1), routing, frozen)
+        return self.run.decomposition(
+            x, torch.cat((m[..., : -self.L][..., self.label], m[..., -self.L :]), -1), routing, frozen
+        )
 
 
 class OwnMasks(Components):
@@ -76,7 +78,9 @@ QUANTITIES = ("ce:stochastic", "ce:ci", "ce:rounded_0.0", "kl:stochastic", "kl:c
 PGD, STARTS = (20, 80), 3  # steps of the adversary, and its random starts
 
 
-def evaluate(run: Run, corpus: data.Corpus, label: np.ndarray, live: np.ndarray, windows: int, seed: int) -> dict[str, dict[str, float]]:
+def evaluate(
+    run: Run, corpus: data.Corpus, label: np.ndarray, live: np.ndarray, windows: int, seed: int
+) -> dict[str, dict[str, float]]:
     """The numbers of eval.py, on its windows, for subcomponents, components and two controls: {parts: {quantity: value}}.
 
     label [C] in 0 .. K - 1, live [n] among C. l0: parts with g > 0 a position; carried: subcomponents in them; ce:*, kl:*: nats a
@@ -93,7 +97,9 @@ def evaluate(run: Run, corpus: data.Corpus, label: np.ndarray, live: np.ndarray,
         "components": (Components(run, label), label), "random components": (Components(run, permuted), permuted),
     }  # fmt: skip
     batches = list(validation(run, corpus, windows * run.config["T"], seed))
-    bar = tqdm(total=len(batches) * len(parts) * STARTS * sum(PGD), desc="evaluate", unit="pass", mininterval=1, leave=False)
+    bar = tqdm(
+        total=len(batches) * len(parts) * STARTS * sum(PGD), desc="evaluate", unit="pass", mininterval=1, leave=False
+    )
     numbers = {}
     for name, (part, label_of) in parts.items():
         total: dict[str, float] = {}
@@ -126,7 +132,11 @@ def evaluation_table(numbers: dict[str, dict[str, float]]) -> str:
     """CE less that of the target and KL, nats a token; L0 in parts a position, and the subcomponents that they carry."""
     ce_target = numbers["subcomponents"]["ce:target"]
     short = [q.replace("stochastic", "stoch").replace("rounded_0.0", "round") for q in QUANTITIES]
-    lines = [f"{'':18s} {'L0':>7s} {'carried':>8s}" + "".join(f"{q:>10s}" for q in short) + "".join(f"{f'adversarial_{n}':>18s}" for n in PGD)]
+    lines = [
+        f"{'':18s} {'L0':>7s} {'carried':>8s}"
+        + "".join(f"{q:>10s}" for q in short)
+        + "".join(f"{f'adversarial_{n}':>18s}" for n in PGD)
+    ]
     for what, row in numbers.items():
         values = "".join(f"{row[q] - ce_target * q.startswith('ce'):10.4f}" for q in QUANTITIES)
         adversarial = "".join(f"{row[f'kl:adversarial_{n}']:10.4f} ± {row[f'sd:adversarial_{n}']:.3f}" for n in PGD)
@@ -139,7 +149,9 @@ def evaluation_table(numbers: dict[str, dict[str, float]]) -> str:
 
 
 @torch.no_grad()
-def interactions(run: Run, corpus: data.Corpus, name: str, columns: np.ndarray, n_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def interactions(
+    run: Run, corpus: data.Corpus, name: str, columns: np.ndarray, n_tokens: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """I_{c,c'} of subcomponents `columns` [n] of the matrix `name`, and its baseline; both [n, n] >= 0, ones on the diagonal.
 
         I_{c,c'} = (sum_i |U_ic| |U_ic'| / sum_i U_ic^2) (sum_bt |g_c a_c| |g_c' a_c'| / sum_bt (g_c a_c)^2),   a = V^T x
@@ -164,7 +176,9 @@ def interactions(run: Run, corpus: data.Corpus, name: str, columns: np.ndarray, 
     return I(ga), I(ga.gather(0, order))
 
 
-def interaction_shares(I: np.ndarray, shuffled: np.ndarray, label: np.ndarray, lump: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
+def interaction_shares(
+    I: np.ndarray, shuffled: np.ndarray, label: np.ndarray, lump: np.ndarray, rng: np.random.Generator
+) -> dict[str, float]:
     """Share of the entries off the diagonal that are >= 1, of I and its baseline [n, n]; label [n]; lump [n] bool: in a lump?
 
     `inside` a component, `between` two, `shuffled labels`: inside after permuting the labels, mean and standard deviation of 200;
@@ -182,8 +196,16 @@ def interaction_shares(I: np.ndarray, shuffled: np.ndarray, label: np.ndarray, l
             return float((I[of] >= 1).mean()) if of.any() else math.nan
 
         chance = [share(I, inside(rng.permutation(label))) for _ in range(200)]
-        found = {"inside": share(I, inside(label)), "pairs inside": int(inside(label).sum()), "between": share(I, off & ~inside(label))}
-        found |= {"shuffled labels": float(np.mean(chance)), "sd": float(np.std(chance)), "shuffled positions": share(shuffled, off)}
+        found = {
+            "inside": share(I, inside(label)),
+            "pairs inside": int(inside(label).sum()),
+            "between": share(I, off & ~inside(label)),
+        }
+        found |= {
+            "shuffled labels": float(np.mean(chance)),
+            "sd": float(np.std(chance)),
+            "shuffled positions": share(shuffled, off),
+        }
         return {what + suffix: value for what, value in found.items()}
 
     kept = np.ix_(~lump, ~lump)
@@ -194,7 +216,9 @@ def plot_interactions(matrices: dict[str, tuple], path: Path) -> None:
     """matrices: {name: (I [n, n], shuffled [n, n], label [n])}. Heat maps ordered by component, and histograms of the entries off the diagonal."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, len(matrices), figsize=(6 * len(matrices), 9), squeeze=False, layout="constrained", height_ratios=(3, 2))
+    figure, axes = plt.subplots(
+        2, len(matrices), figsize=(6 * len(matrices), 9), squeeze=False, layout="constrained", height_ratios=(3, 2)
+    )
     bins = np.linspace(-6, 2, 65)
     for (ax, ax_hist), (name, (I, shuffled, label)) in zip(axes.T, matrices.items()):
         order = np.argsort(label, kind="stable")
@@ -205,13 +229,37 @@ def plot_interactions(matrices: dict[str, tuple], path: Path) -> None:
         for a, size in zip(start, np.diff(np.append(start, len(label)))):
             if size > 1:
                 ax.add_patch(plt.Rectangle((a - 0.5, a - 0.5), size, size, fill=False, ec="#000000", lw=0.8))
-        ax.set(title=f"{name}: {(I[off] >= 1).mean():.2%} of pairs at 1 or above", xlabel="subcomponent c′, by component", ylabel="subcomponent c, by component")
-        for values, what, colour in ((log_I[off & ~inside], "between components", "#0072b2"), (log_I[off & inside], "inside components", "#d55e00")):
+        ax.set(
+            title=f"{name}: {(I[off] >= 1).mean():.2%} of pairs at 1 or above",
+            xlabel="subcomponent c′, by component",
+            ylabel="subcomponent c, by component",
+        )
+        for values, what, colour in (
+            (log_I[off & ~inside], "between components", "#0072b2"),
+            (log_I[off & inside], "inside components", "#d55e00"),
+        ):
             if len(values):
-                ax_hist.hist(values.clip(-6, 2), bins, density=True, histtype="step", color=colour, label=f"{what} ({len(values):,} pairs)")
-        ax_hist.hist(log_shuffled[off].clip(-6, 2), bins, density=True, histtype="step", color="#7f7f7f", ls=":", label="positions shuffled")
+                ax_hist.hist(
+                    values.clip(-6, 2),
+                    bins,
+                    density=True,
+                    histtype="step",
+                    color=colour,
+                    label=f"{what} ({len(values):,} pairs)",
+                )
+        ax_hist.hist(
+            log_shuffled[off].clip(-6, 2),
+            bins,
+            density=True,
+            histtype="step",
+            color="#7f7f7f",
+            ls=":",
+            label="positions shuffled",
+        )
         ax_hist.axvline(0, color="#000000", lw=0.8, ls="--")
-        ax_hist.set(xlabel="log10 of I (dashed: I = 1; beyond an end: at it)", ylabel="density of pairs c ≠ c′", yscale="log")
+        ax_hist.set(
+            xlabel="log10 of I (dashed: I = 1; beyond an end: at it)", ylabel="density of pairs c ≠ c′", yscale="log"
+        )
         ax_hist.legend(fontsize=8)
     figure.colorbar(image, ax=axes[0], label="log10 of the nonlinear interaction I(c, c′)", fraction=0.03)
     save_figure(figure, path)
@@ -254,10 +302,18 @@ def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
 
 def cosines(A: Tensor, B: Tensor) -> np.ndarray:
     """Cosine similarity of the columns of A [d, n] and B [d, n'], [n, n'] in [-1, 1]."""
-    return (torch.nn.functional.normalize(A, dim=0).T @ torch.nn.functional.normalize(B, dim=0)).detach().double().cpu().numpy()
+    return (
+        (torch.nn.functional.normalize(A, dim=0).T @ torch.nn.functional.normalize(B, dim=0))
+        .detach()
+        .double()
+        .cpu()
+        .numpy()
+    )
 
 
-def match(A: Decomposition, B: Decomposition, a: list[tuple[str, int]], b: list[tuple[str, int]]) -> dict[str, np.ndarray]:
+def match(
+    A: Decomposition, B: Decomposition, a: list[tuple[str, int]], b: list[tuple[str, int]]
+) -> dict[str, np.ndarray]:
     """Subcomponents `a` of A and `b` of B, lists of (matrix, number), matched one to one within every matrix.
 
     `pairs` [m, 2]: places in a and b, by the assignment of greatest summed cosine between U_c V_c^T and U_c' V_c'^T; `cosine` [m].
@@ -303,11 +359,19 @@ def stability(run: Run, corpus: data.Corpus, clusters: dict, against: str, confi
 
     other, _ = open_run(against, config.data_dir, config.device)
     names = run.decomposition.names
-    if other.decomposition.C != run.decomposition.C or not all(torch.equal(run.decomposition.W(n), other.decomposition.W(n)) for n in names):
-        raise ValueError(f"against={against}: not a decomposition of the target of {run.folder} into as many subcomponents")
+    if other.decomposition.C != run.decomposition.C or not all(
+        torch.equal(run.decomposition.W(n), other.decomposition.W(n)) for n in names
+    ):
+        raise ValueError(
+            f"against={against}: not a decomposition of the target of {run.folder} into as many subcomponents"
+        )
     seed, found = clusters["seed"], {}
     firing, label, lump = clustered(run, seed, seed)
-    for what, (of, text) in {"other merges": (run, seed), "other text and merges": (run, seed + 1), "other run": (other, seed)}.items():
+    for what, (of, text) in {
+        "other merges": (run, seed),
+        "other text and merges": (run, seed + 1),
+        "other run": (other, seed),
+    }.items():
         firing_2, label_2, lump_2 = clustered(of, text, seed if of is other else seed + 1)
         if of is other:
             matched = match(run.decomposition, other.decomposition, firing.names, firing_2.names)
@@ -316,12 +380,19 @@ def stability(run: Run, corpus: data.Corpus, clusters: dict, against: str, confi
         else:
             _, i, j = np.intersect1d(firing.live, firing_2.live, return_indices=True)
         keep = ~lump[i] & ~lump_2[j]
-        found |= {what: distances(label[i], label_2[j]), f"{what}, without lumps": distances(label[i[keep]], label_2[j[keep]])}
+        found |= {
+            what: distances(label[i], label_2[j]),
+            f"{what}, without lumps": distances(label[i[keep]], label_2[j[keep]]),
+        }
     close = keep & (matched["cosine"] >= 0.5)  # i, j and keep are of the other run, the last one
     return found | {
         "other run, without lumps, matched at cosine >= 0.5": distances(label[i[close]], label_2[j[close]]),
         "matched cosine": {what: float(of["cosine"].mean()) for what, of in (("mean", matched), ("initial", start))},
-        "mmcs": {x + what: float(of[x][~lump].mean()) for what, of in ((", no lumps", matched), (" initial, no lumps", start)) for x in "UV"}
+        "mmcs": {
+            x + what: float(of[x][~lump].mean())
+            for what, of in ((", no lumps", matched), (" initial, no lumps", start))
+            for x in "UV"
+        }
         | {x + what: float(of[x].mean()) for what, of in (("", matched), (" initial", start)) for x in "UV"},
     }
 
@@ -362,7 +433,9 @@ def read_clusters(folder: Path, C: dict[str, int]) -> tuple[dict, np.ndarray, np
                     raise ValueError(f"{name} has no subcomponent {max(numbers)}")
                 label[first[name] + np.array(numbers)] = i
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not fit this run ({type(error).__name__}: {error}): run cluster.py again") from error
+        raise ValueError(
+            f"{path} does not fit this run ({type(error).__name__}: {error}): run cluster.py again"
+        ) from error
     live, dead = np.flatnonzero(label >= 0), np.flatnonzero(label < 0)
     label[dead] = len(clusters["components"]) + np.arange(len(dead))
     return clusters, label, live
@@ -370,7 +443,10 @@ def read_clusters(folder: Path, C: dict[str, int]) -> tuple[dict, np.ndarray, np
 
 def save_report(path: Path, report: dict) -> None:
     with written(path) as temporary:
-        temporary.write_text(json.dumps({"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | report, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps({"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | report, indent=2) + "\n",
+            encoding="utf-8",
+        )
     print(f"written: {path}")
 
 
@@ -385,7 +461,10 @@ def main(config: Config) -> None:
         found = stability(run, corpus, clusters, config.against, config)
         for what, values in found.items():
             print(f"{what}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        save_report(run.folder / f"stability-{Path(config.against).resolve().name}.json", {"clusters": clusters["command"], "alpha": clusters["alpha"], "stability": found})
+        save_report(
+            run.folder / f"stability-{Path(config.against).resolve().name}.json",
+            {"clusters": clusters["command"], "alpha": clusters["alpha"], "stability": found},
+        )
         return
 
     shares_of, drawn, rng = {}, {}, np.random.default_rng(clusters["seed"])
@@ -393,17 +472,25 @@ def main(config: Config) -> None:
     for name in C:
         here = live[names[live] == name] if fnmatchcase(name, config.up) else []
         if len(here) > 1:
-            I, shuffled = interactions(run, corpus, name, here - np.flatnonzero(names == name)[0], clusters["tokens"], clusters["seed"])
+            I, shuffled = interactions(
+                run, corpus, name, here - np.flatnonzero(names == name)[0], clusters["tokens"], clusters["seed"]
+            )
             drawn[name] = I, shuffled, label[here]
             lump = np.array([clusters["components"][k]["fill"] < TIGHT for k in label[here]])
             shares = interaction_shares(I, shuffled, label[here], lump, rng)
             shares_of[name] = {what: None if math.isnan(value) else value for what, value in shares.items()}
-            print(f"interactions of {name}, share at 1 or above: " + "; ".join(f"{what} {value:.4g}" for what, value in shares.items()))
+            print(
+                f"interactions of {name}, share at 1 or above: "
+                + "; ".join(f"{what} {value:.4g}" for what, value in shares.items())
+            )
     if drawn:
         plot_interactions(drawn, run.folder / "figures" / "interactions.png")
     numbers = evaluate(run, corpus, label, live, config.windows, 0)
     print(evaluation_table(numbers))
-    save_report(run.folder / "components.json", {"clusters": clusters["command"], "alpha": clusters["alpha"], "evaluation": numbers, "interactions": shares_of})
+    save_report(
+        run.folder / "components.json",
+        {"clusters": clusters["command"], "alpha": clusters["alpha"], "evaluation": numbers, "interactions": shares_of},
+    )
 
 
 if __name__ == "__main__":

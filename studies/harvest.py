@@ -105,7 +105,10 @@ def blocks(corpus: data.Corpus, T: int, n_tokens: int, batch: int, seed: int) ->
 def activations(run: Run, inputs: list[Tensor], columns: list[np.ndarray]) -> Tensor:
     """Signed activations a = ||U_c|| V_c^T x, [B, T, n], of columns[l] of every matrix; inputs: L x [B, T, d_in]."""
     D = run.decomposition
-    return torch.cat([x @ (D.V[name][:, c] * D.U[name][:, c].norm(dim=0)).detach() for name, x, c in zip(D.names, inputs, columns)], -1)
+    return torch.cat(
+        [x @ (D.V[name][:, c] * D.U[name][:, c].norm(dim=0)).detach() for name, x, c in zip(D.names, inputs, columns)],
+        -1,
+    )
 
 
 def columns_of(live: np.ndarray, C: dict[str, int]) -> list[np.ndarray]:
@@ -123,7 +126,9 @@ def count_bins(bin: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
 
 def one_hot(tokens: np.ndarray, vocab: int) -> sp.csr_matrix:
     """int32 [P, vocab]."""
-    return sp.csr_matrix((np.ones(len(tokens), np.int32), tokens, np.arange(len(tokens) + 1)), shape=(len(tokens), vocab))
+    return sp.csr_matrix(
+        (np.ones(len(tokens), np.int32), tokens, np.arange(len(tokens) + 1)), shape=(len(tokens), vocab)
+    )
 
 
 def count(g: np.ndarray, a: np.ndarray, fires: np.ndarray, a_range: np.ndarray) -> dict[str, np.ndarray]:
@@ -169,15 +174,27 @@ def harvest(run: Run, corpus: data.Corpus, live: np.ndarray, n_tokens: int, k: i
         rms_inverse += y.pow(2).mean(-1).rsqrt().sum().item()
 
     hook = run.decomposition.target.blocks[-1].register_forward_hook(see_residual)
-    bar = tqdm(total=min(-(-n_tokens // T), len(corpus.tokens["val"]) // T) * T, desc="harvest", unit=" tokens", unit_scale=True, mininterval=1, leave=False)
+    bar = tqdm(
+        total=min(-(-n_tokens // T), len(corpus.tokens["val"]) // T) * T,
+        desc="harvest",
+        unit=" tokens",
+        unit_scale=True,
+        mininterval=1,
+        leave=False,
+    )
     try:
         for x in blocks(corpus, T, n_tokens, batch, seed):
             output, g, inputs = run.importances_and_inputs(x.to(device))
             g, a = g[..., of_live].float().cpu(), activations(run, inputs, columns).float().cpu()
-            fires, score = g.flatten(0, 1) > 0, (g * a.abs()).masked_fill(g == 0, -torch.inf)  # [P, n], [B, T, n] with P = B T
+            fires, score = (
+                g.flatten(0, 1) > 0,
+                (g * a.abs()).masked_fill(g == 0, -torch.inf),
+            )  # [P, n], [B, T, n] with P = B T
             priority, t = score.max(1)  # [B, n]
             top.offer(priority.T, t.T + T * torch.arange(len(x)), x, g, a)
-            keys = torch.rand(fires.shape, generator=generator).masked_fill(~fires, -torch.inf)  # the k largest of even keys are an even draw
+            keys = torch.rand(fires.shape, generator=generator).masked_fill(
+                ~fires, -torch.inf
+            )  # the k largest of even keys are an even draw
             random.offer(*(part.T for part in keys.topk(min(k, len(keys)), 0)), x, g, a)
 
             flat_g, flat_a, fires = g.flatten(0, 1).numpy(), a.flatten(0, 1).numpy(), fires.numpy()
@@ -186,7 +203,9 @@ def harvest(run: Run, corpus: data.Corpus, live: np.ndarray, n_tokens: int, k: i
                 a_range = np.stack((1.1 * low - 0.1 * high - 1e-9, 1.1 * high - 0.1 * low + 1e-9), 1)
             add(h, count(flat_g, flat_a, fires, a_range))
             largest_a = np.maximum(largest_a, np.abs(flat_a).max(0))
-            pending.append((sp.csr_matrix(fires, dtype=np.int32), x.numpy().ravel(), output.argmax(-1).cpu().numpy().ravel()))
+            pending.append(
+                (sp.csr_matrix(fires, dtype=np.int32), x.numpy().ravel(), output.argmax(-1).cpu().numpy().ravel())
+            )
             if sum(len(tokens) for _, tokens, _ in pending) >= PAIRS_EVERY:
                 add(h, count_pairs(pending, vocab))
                 pending = []
@@ -197,7 +216,9 @@ def harvest(run: Run, corpus: data.Corpus, live: np.ndarray, n_tokens: int, k: i
     finally:
         hook.remove()
         bar.close()
-    return Harvest(live=live, N=N, a_range=a_range, largest_a=largest_a, rms_inverse=rms_inverse / N, top=top, random=random, **h)
+    return Harvest(
+        live=live, N=N, a_range=a_range, largest_a=largest_a, rms_inverse=rms_inverse / N, top=top, random=random, **h
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +235,10 @@ def token_table(counts: sp.csr_matrix, fires: np.ndarray, total: np.ndarray, N: 
     found = {"token": np.int64, "count": np.int64, "recall": np.float64, "pmi": np.float64}
     found = {name: np.zeros((len(fires), TOP), dtype) for name, dtype in found.items()}
     for c in range(len(fires)):
-        tokens, count = counts.indices[counts.indptr[c] : counts.indptr[c + 1]], counts.data[counts.indptr[c] : counts.indptr[c + 1]]
+        tokens, count = (
+            counts.indices[counts.indptr[c] : counts.indptr[c + 1]],
+            counts.data[counts.indptr[c] : counts.indptr[c + 1]],
+        )
         if by == "pmi":
             enough = count >= min(5, fires[c] / 10)
             tokens, count = tokens[enough], count[enough]
@@ -241,11 +265,16 @@ def coactive(together: np.ndarray, fires: np.ndarray, matrix: np.ndarray, L: int
             share[rows[:, None] == inside] = 0  # itself
             order = np.argsort(-share, 1, kind="stable")[:, :TOP]
             best = np.take_along_axis(share, order, 1)
-            place[rows, l, : order.shape[1]], overlap[rows, l, : order.shape[1]] = np.where(best > 0, inside[order], -1), best
+            place[rows, l, : order.shape[1]], overlap[rows, l, : order.shape[1]] = (
+                np.where(best > 0, inside[order], -1),
+                best,
+            )
     return place, overlap
 
 
-def promoted(run: Run, columns: list[np.ndarray], mean_a: np.ndarray, rms_inverse: float) -> tuple[np.ndarray, np.ndarray]:
+def promoted(
+    run: Run, columns: list[np.ndarray], mean_a: np.ndarray, rms_inverse: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens that the write vectors of `o` and `down` promote, then suppress: token, logits [n, 2, TOP]; 0 for other matrices.
 
     Logits that the subcomponent adds to a token at its mean activation where it fires, straight through the tied unembedding E:
@@ -258,7 +287,9 @@ def promoted(run: Run, columns: list[np.ndarray], mean_a: np.ndarray, rms_invers
         if name.endswith((".o", ".down")) and len(numbers):
             here = slice(start, start + len(numbers))
             U = D.U[name][:, numbers]
-            effect = (E @ (U / U.norm(dim=0))).detach().double().cpu().numpy() * mean_a[here] * rms_inverse  # [vocab, columns]
+            effect = (
+                (E @ (U / U.norm(dim=0))).detach().double().cpu().numpy() * mean_a[here] * rms_inverse
+            )  # [vocab, columns]
             effect = (effect - effect.mean(0)).T
             order = np.argsort(-effect, 1, kind="stable")
             both = np.stack((order[:, :TOP], order[:, ::-1][:, :TOP]), 1)

@@ -28,12 +28,24 @@ from torch import Tensor
 
 import data
 from cluster import open_run
-from studies.components import read_clusters
 from eval import ALIVE, PGD_STEPS, Run, adversarial_sources, layer_of, masks, mean_importances, read_metrics
 from eval import Config as Evaluation
-from studies.harvest import BINS, CONTEXT, TOP, Examples, Harvest, coactive, columns_of, harvest, norms, promoted, token_table
 from losses import mask
 from run import read_log, run_script, written
+from studies.components import read_clusters
+from studies.harvest import (
+    BINS,
+    CONTEXT,
+    TOP,
+    Examples,
+    Harvest,
+    coactive,
+    columns_of,
+    harvest,
+    norms,
+    promoted,
+    token_table,
+)
 
 MOST_EXAMPLES = 120_000  # in a report, of all subcomponents together: what keeps it under 30 MB
 PROMPT_TOKENS = 64  # of a prompt taken from the validation text, at most
@@ -50,7 +62,10 @@ def read_prompts(run: Run, corpus: data.Corpus, texts: tuple[str, ...], n_val: i
     for text in texts:
         prompts.append(corpus.encoding.encode_ordinary(text) if corpus.encoding.name != "ids" else [])
         if not prompts[-1]:
-            raise ValueError(f"prompt={text!r} has no tokens" + (": this corpus came as token ids, its vocabulary is unknown" if text else ""))
+            raise ValueError(
+                f"prompt={text!r} has no tokens"
+                + (": this corpus came as token ids, its vocabulary is unknown" if text else "")
+            )
         if len(prompts[-1]) > T:
             raise ValueError(f"prompt={text!r} has {len(prompts[-1])} tokens: the context is {T}")
     if n_val:
@@ -67,7 +82,13 @@ def look_at_prompt(run: Run, tokens: list[int], seed: int) -> dict[str, np.ndarr
     target_output, g = run.importances(x)
     r = adversarial_sources(D, x, target_output, g, PGD_STEPS[0], generator)[0]
     with torch.no_grad():
-        outputs = [target_output, *(D(x, m) for m in (masks("rounded_0.0", g, D.L, generator), masks("stochastic", g, D.L, generator), mask(g, r)))]
+        outputs = [
+            target_output,
+            *(
+                D(x, m)
+                for m in (masks("rounded_0.0", g, D.L, generator), masks("stochastic", g, D.L, generator), mask(g, r))
+            ),
+        ]
     log_p = torch.cat([output.float().log_softmax(-1) for output in outputs])  # [modes, T, vocab]
     kl = (log_p[0].exp() * (log_p[0] - log_p)).sum(-1).clamp(min=0)
     p, token = log_p.exp().topk(min(5, log_p.shape[-1]), -1)
@@ -80,7 +101,7 @@ def look_at_prompt(run: Run, tokens: list[int], seed: int) -> dict[str, np.ndarr
 
 
 def short(name: str) -> str:
-    """"blocks.1.mlp.up" to "1.mlp.up", as in the page's links."""
+    """ "blocks.1.mlp.up" to "1.mlp.up", as in the page's links."""
     return name.removeprefix("blocks.")
 
 
@@ -96,9 +117,13 @@ def read_labels(path: str | Path, names: list[str]) -> dict[str, str]:
             row = json.loads(line)
             name, label = row["name"], row["label"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'labels={path}: line {i} is not {{"name": ..., "label": ...}} ({type(error).__name__})') from error
+            raise ValueError(
+                f'labels={path}: line {i} is not {{"name": ..., "label": ...}} ({type(error).__name__})'
+            ) from error
         if not isinstance(name, str) or not isinstance(label, str) or name not in known:
-            raise ValueError(f"labels={path}: line {i}: {name!r} is no live subcomponent of this run with a label in words; names are like {names[0]}")
+            raise ValueError(
+                f"labels={path}: line {i}: {name!r} is no live subcomponent of this run with a label in words; names are like {names[0]}"
+            )
         if label.strip():
             labels[name] = label.strip()
     return labels
@@ -111,7 +136,9 @@ def marked(examples: Examples, c: int, strings: list[str], T: int, n: int) -> li
         t = int(examples.t[c, j])
         inside = slice(max(0, CONTEXT - t), CONTEXT + T - t)  # the window may end sooner
         pairs = zip(examples.tokens[c, j, inside].tolist(), examples.g[c, j, inside].tolist())
-        texts.append("".join(f"«{strings[token]}»" if g > 0 else strings[token] for token, g in pairs).replace("»«", ""))
+        texts.append(
+            "".join(f"«{strings[token]}»" if g > 0 else strings[token] for token, g in pairs).replace("»«", "")
+        )
     return texts
 
 
@@ -121,15 +148,29 @@ def records(page: dict, arrays: dict[str, np.ndarray], h: Harvest, T: int) -> li
 
     def table(kind: str, c: int, column: str) -> list:
         kept = arrays[kind + "_count"][c] > 0
-        return [[strings[t], float(f"{x:.3g}")] for t, x in zip(arrays[kind + "_token"][c][kept].tolist(), arrays[f"{kind}_{column}"][c][kept].tolist())]
+        return [
+            [strings[t], float(f"{x:.3g}")]
+            for t, x in zip(arrays[kind + "_token"][c][kept].tolist(), arrays[f"{kind}_{column}"][c][kept].tolist())
+        ]
 
     for c, (matrix, number) in enumerate(zip(arrays["matrix"].tolist(), arrays["number"].tolist())):
-        row = {"name": f"{page['matrices'][matrix]['name']}:{number}", "label": page["labels"].get(str(c), ""), "matrix": page["matrices"][matrix]["full"]}
+        row = {
+            "name": f"{page['matrices'][matrix]['name']}:{number}",
+            "label": page["labels"].get(str(c), ""),
+            "matrix": page["matrices"][matrix]["full"],
+        }
         row |= {"density": h.fires[c] / h.N, "mean_g": h.sum_g[c] / h.N, "mean_activation": float(arrays["mean_a"][c])}
         row |= {"top": marked(h.top, c, strings, T, 6), "random": marked(h.random, c, strings, T, 6)}
-        row |= {f"{kind}_by_{by}": table(f"{kind}_{by}", c, by) for kind in ("input", "predicted") for by in ("recall", "pmi")}
+        row |= {
+            f"{kind}_by_{by}": table(f"{kind}_{by}", c, by)
+            for kind in ("input", "predicted")
+            for by in ("recall", "pmi")
+        }
         if arrays["promoted"][c].any():
-            row |= {side: [strings[t] for t in arrays["promoted_token"][c, i].tolist()] for i, side in enumerate(("promotes", "suppresses"))}
+            row |= {
+                side: [strings[t] for t in arrays["promoted_token"][c, i].tolist()]
+                for i, side in enumerate(("promotes", "suppresses"))
+            }
         rows.append(row)
     return rows
 
@@ -142,7 +183,10 @@ def visible(token: bytes) -> str:
     """A token as text in which every character can be seen, but for the space: ⏎ for a line break, ␀ for a null byte, ⟨200B⟩ for a
     space without width, \\xe2 for a byte that is no character by itself."""
     text = token.decode("utf-8", "backslashreplace").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else chr(0x2400 + ord(c)) if c < " " else "␡" if c == "\x7f" else f"⟨{ord(c):04X}⟩" for c in text)
+    return "".join(
+        c if c.isprintable() else chr(0x2400 + ord(c)) if c < " " else "␡" if c == "\x7f" else f"⟨{ord(c):04X}⟩"
+        for c in text
+    )
 
 
 def shortened(x: np.ndarray) -> np.ndarray:
@@ -168,7 +212,9 @@ def pack(page: dict, arrays: dict[str, np.ndarray]) -> str:
         at += len(blobs[-1])
     text = json.dumps(page | {"arrays": directory}, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
-    return base64.b64encode(gzip.compress(b"".join([len(text).to_bytes(8, "little"), text, *blobs]), 6, mtime=0)).decode()
+    return base64.b64encode(
+        gzip.compress(b"".join([len(text).to_bytes(8, "little"), text, *blobs]), 6, mtime=0)
+    ).decode()
 
 
 def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, np.ndarray | None]:
@@ -176,15 +222,39 @@ def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, np.ndarray |
     C, c = run.decomposition.C, run.config
     parts = zip(C.items(), mean_g.split(list(C.values())), l0.split(list(C.values())))
     matrices = [
-        {"name": short(name), "full": name, "layer": short(layer_of(name)), "C": n, "live": int((g > ALIVE).sum()), "l0": float(part.sum())}
+        {
+            "name": short(name),
+            "full": name,
+            "layer": short(layer_of(name)),
+            "C": n,
+            "live": int((g > ALIVE).sum()),
+            "l0": float(part.sum()),
+        }
         for (name, n), g, part in parts
     ]
     rows = read_log(run.folder) if (run.folder / "metrics.jsonl").is_file() else []
     rows = rows[:: -(-len(rows) // 250)] if rows else []
-    betas = {"adversarial": c["beta_adv"], "stochastic": c["beta_stoch"], "importance": c["beta_imp"], "frequency": c["beta_freq"], "faithfulness": c["beta_delta"]}
-    log = {name: [float(f"{row[name]:.4g}") for row in rows] for name in ("step", "l0", "p", "total", *betas) if rows and name in rows[0]}
+    betas = {
+        "adversarial": c["beta_adv"],
+        "stochastic": c["beta_stoch"],
+        "importance": c["beta_imp"],
+        "frequency": c["beta_freq"],
+        "faithfulness": c["beta_delta"],
+    }
+    log = {
+        name: [float(f"{row[name]:.4g}") for row in rows]
+        for name in ("step", "l0", "p", "total", *betas)
+        if rows and name in rows[0]
+    }
     metrics = read_metrics(run.folder) if (run.folder / "metrics.json").is_file() else None
-    about = {"run": run.folder.resolve().name, "matrices": matrices, "metrics": metrics, "log": log, "betas": betas, "clusters": None}
+    about = {
+        "run": run.folder.resolve().name,
+        "matrices": matrices,
+        "metrics": metrics,
+        "log": log,
+        "betas": betas,
+        "clusters": None,
+    }
     if not (run.folder / "clusters.json").is_file():
         return about, None
     clusters, label, _ = read_clusters(run.folder, C)
@@ -202,7 +272,9 @@ def example_arrays(kind: str, examples: Examples, largest_a: np.ndarray) -> dict
     }  # fmt: skip
 
 
-def contents(run: Run, corpus: data.Corpus, config: "Config", h: Harvest, mean_g: Tensor, l0: Tensor, prompts: list[list[int]]) -> tuple[dict, dict]:
+def contents(
+    run: Run, corpus: data.Corpus, config: "Config", h: Harvest, mean_g: Tensor, l0: Tensor, prompts: list[list[int]]
+) -> tuple[dict, dict]:
     """All of the page: what goes into its JSON, and the arrays, [n, ...] of the live subcomponents. See `pack`."""
     D, n = run.decomposition, len(h.live)
     columns = columns_of(h.live, D.C)
@@ -229,7 +301,10 @@ def contents(run: Run, corpus: data.Corpus, config: "Config", h: Harvest, mean_g
     for kind, counts, total in (("input", h.input, h.input_total), ("predicted", h.predicted, h.predicted_total)):
         for by in ("recall", "pmi"):
             table = token_table(counts, h.fires, total, h.N, by)
-            arrays |= {f"{kind}_{by}_token": table["token"].astype(np.uint16), f"{kind}_{by}_count": table["count"].astype(np.uint32)}
+            arrays |= {
+                f"{kind}_{by}_token": table["token"].astype(np.uint16),
+                f"{kind}_{by}_count": table["count"].astype(np.uint32),
+            }
             arrays |= {f"{kind}_{by}_{name}": shortened(table[name]) for name in ("recall", "pmi")}
     arrays |= example_arrays("top", h.top, h.largest_a) | example_arrays("random", h.random, h.largest_a)
 
@@ -254,7 +329,9 @@ def contents(run: Run, corpus: data.Corpus, config: "Config", h: Harvest, mean_g
 class Config:
     run: str  # run folder of decompose.py
     tokens: int = 131_072  # of validation text, at most all of it, over which everything is counted
-    examples: int = 16  # windows of each kind, top and random, of a subcomponent; fewer for more than 3,750 subcomponents
+    examples: int = (
+        16  # windows of each kind, top and random, of a subcomponent; fewer for more than 3,750 subcomponents
+    )
     prompt: tuple[str, ...] = ()  # a text to look at position by position; may be given several times
     val_prompts: int = 6  # such texts from the validation text
     labels: str = ""  # a labels.jsonl with its labels filled in, to show on the page
@@ -265,14 +342,20 @@ class Config:
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.examples) < 1 or min(self.val_prompts, self.seed) < 0:
-            raise ValueError(f"tokens={self.tokens}, examples={self.examples}: must be at least 1, and val_prompts={self.val_prompts}, seed={self.seed} not negative")
+            raise ValueError(
+                f"tokens={self.tokens}, examples={self.examples}: must be at least 1, and val_prompts={self.val_prompts}, seed={self.seed} not negative"
+            )
         if self.examples > 255:
             raise ValueError(f"examples={self.examples}: at most 255")
 
 
 def live_names(run: Run, live: np.ndarray) -> list[str]:
     """Names of the columns `live` among all C, as in the page's links: "1.mlp.up:23"."""
-    return [f"{short(name)}:{c}" for name, numbers in zip(run.decomposition.names, columns_of(live, run.decomposition.C)) for c in numbers]
+    return [
+        f"{short(name)}:{c}"
+        for name, numbers in zip(run.decomposition.names, columns_of(live, run.decomposition.C))
+        for c in numbers
+    ]
 
 
 def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
@@ -286,11 +369,17 @@ def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
     live = np.flatnonzero(mean_g.numpy() > ALIVE)
     if not len(live):
         tokens = evaluation.windows * run.config["T"]
-        raise ValueError(f"{run.folder}: no live subcomponent: none of {len(mean_g):,} has a mean g above {ALIVE:g} over {tokens:,} validation tokens; train longer, or with a smaller beta_imp")
+        raise ValueError(
+            f"{run.folder}: no live subcomponent: none of {len(mean_g):,} has a mean g above {ALIVE:g} over {tokens:,} validation tokens; train longer, or with a smaller beta_imp"
+        )
     names = live_names(run, live)
     labels = read_labels(config.labels, names) if config.labels else {}
     kept = folder / "labels.jsonl"
-    if not config.labels and kept.is_file() and any(line.strip() and '"label": ""' not in line for line in kept.open(encoding="utf-8")):
+    if (
+        not config.labels
+        and kept.is_file()
+        and any(line.strip() and '"label": ""' not in line for line in kept.open(encoding="utf-8"))
+    ):
         raise ValueError(f"{kept} holds labels: give --labels={kept} to keep and show them, or move it away")
     prompts = read_prompts(run, corpus, config.prompt, config.val_prompts, config.seed)
 
@@ -304,8 +393,13 @@ def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
     with written(path) as temporary:
         temporary.write_text(template.replace("{{data}}", pack(page, arrays)), encoding="utf-8")
     with written(kept) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records(page, arrays, h, page["T"])), encoding="utf-8")
-    print(f"report: {len(live):,} live subcomponents over {h.N:,} tokens, {path.stat().st_size / 1e6:.1f} MB, {time.time() - began:.0f} s; labels to fill in: {kept}")
+        temporary.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records(page, arrays, h, page["T"])),
+            encoding="utf-8",
+        )
+    print(
+        f"report: {len(live):,} live subcomponents over {h.N:,} tokens, {path.stat().st_size / 1e6:.1f} MB, {time.time() - began:.0f} s; labels to fill in: {kept}"
+    )
     print(f"open {path}")
     return path
 

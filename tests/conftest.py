@@ -15,10 +15,6 @@ from model import GPT, Decomposition, GPTConfig  # noqa: E402
 torch.set_num_threads(1)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than 15 seconds")
-
-
 @pytest.fixture
 def gpt():
     """A GPT whose weights are far larger than at initialisation, so that every matrix matters to the logits."""

@@ -26,11 +26,23 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_file(self.root / found[1] / found[2])
         elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             files = self.files(found[1])
-            self.send_json({"id": found[1], "sha": COMMIT, "private": False, "gated": False, "disabled": False, "siblings": [{"rfilename": f} for f in files]}, bool(files))
+            self.send_json(
+                {
+                    "id": found[1],
+                    "sha": COMMIT,
+                    "private": False,
+                    "gated": False,
+                    "disabled": False,
+                    "siblings": [{"rfilename": f} for f in files],
+                },
+                bool(files),
+            )
         elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
             folder = self.root / found[1] / found[2]
             inside = sorted(folder.rglob("*") if "recursive=true" in self.path.lower() else folder.glob("*"))
-            self.send_json([self.about(found[1], str(p.relative_to(self.root / found[1]))) for p in inside], bool(inside))
+            self.send_json(
+                [self.about(found[1], str(p.relative_to(self.root / found[1]))) for p in inside], bool(inside)
+            )
         else:
             self.send_json(None, False)
 
@@ -53,12 +65,24 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
     def send_json(self, value: object, good: bool) -> None:
-        self.send(200 if good else 404, json.dumps(value if good else {"error": "not found"}).encode(), {} if good else {"X-Error-Code": "EntryNotFound"})
+        self.send(
+            200 if good else 404,
+            json.dumps(value if good else {"error": "not found"}).encode(),
+            {} if good else {"X-Error-Code": "EntryNotFound"},
+        )
 
     def send_file(self, path: Path) -> None:
         if not path.is_file():
             return self.send_json(None, False)
-        content, status, headers = path.read_bytes(), 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(path.read_bytes()).hexdigest()}"', "Accept-Ranges": "bytes"}
+        content, status, headers = (
+            path.read_bytes(),
+            200,
+            {
+                "X-Repo-Commit": COMMIT,
+                "ETag": f'"{hashlib.sha1(path.read_bytes()).hexdigest()}"',
+                "Accept-Ranges": "bytes",
+            },
+        )
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"

@@ -58,7 +58,13 @@ class NaiveVPD(VPD):
             loss_stoch = losses.kl_divergence(target_output, self.masked(x, losses.mask(g, r_stoch), routing))
             importance, frequency = losses.importance_minimality(g_upper, p), losses.frequency_minimality(g_upper, p)
         faithfulness = losses.faithfulness(f)
-        total = c.beta_adv * loss_adv + c.beta_stoch * loss_stoch + c.beta_imp * importance + c.beta_freq * frequency + c.beta_delta * faithfulness
+        total = (
+            c.beta_adv * loss_adv
+            + c.beta_stoch * loss_stoch
+            + c.beta_imp * importance
+            + c.beta_freq * frequency
+            + c.beta_delta * faithfulness
+        )
         (grad_r,) = torch.autograd.grad(loss_adv, r, retain_graph=True)
         self.optimizer.zero_grad()
         total.backward()
@@ -66,5 +72,12 @@ class NaiveVPD(VPD):
         nn.utils.clip_grad_norm_(f.subcomponents(), c.clip)
         self.optimizer.step()
         self.step += 1
-        terms = {"adversarial": loss_adv, "stochastic": loss_stoch, "importance": importance, "frequency": frequency, "faithfulness": faithfulness, "total": total}
+        terms = {
+            "adversarial": loss_adv,
+            "stochastic": loss_stoch,
+            "importance": importance,
+            "frequency": frequency,
+            "faithfulness": faithfulness,
+            "total": total,
+        }
         return {name: loss.detach() for name, loss in terms.items()}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import step as bench
 from bench import estimate
+from bench import step as bench
 from model import GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,15 @@ def test_sweep_writes_its_figure(tmp_path):
     assert done.stdout.count(" ms, ") == 9 and (tmp_path / "scaling.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("flag, message", [("--size=huge", "size"), ("--scale=0", "scale=0.0: must be above 0"), ("--B=-1", "B=-1: must be 0 or above")])
+@pytest.mark.parametrize(
+    "flag, message",
+    [("--size=huge", "size"), ("--scale=0", "scale=0.0: must be above 0"), ("--B=-1", "B=-1: must be 0 or above")],
+)
 def test_bad_input_ends_in_one_line(flag, message):
     done = run(flag)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: ")
+        and message in done.stderr
+        and done.stderr.count("\n") == 1
+    )

@@ -4,7 +4,15 @@ import torch
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 
 # z: forward value, dL/dz given dL/dg = +1, and given -1, with leak 0.01.
-LOWER = [(-2, 0, 0, -0.01), (-0.5, 0, 0, -0.01), (0, 0, 0, -0.01), (0.25, 0.25, 1, -1), (1, 1, 1, -1), (1.5, 1, 0, 0), (3, 1, 0, 0)]
+LOWER = [
+    (-2, 0, 0, -0.01),
+    (-0.5, 0, 0, -0.01),
+    (0, 0, 0, -0.01),
+    (0.25, 0.25, 1, -1),
+    (1, 1, 1, -1),
+    (1.5, 1, 0, 0),
+    (3, 1, 0, 0),
+]
 UPPER = [(-2, 0, 0, 0), (-0.5, 0, 0, 0), (0, 0, 1, -1), (0.25, 0.25, 1, -1), (1, 1, 1, -1)]
 UPPER += [(1.5, 1.005, 0.01, -0.01), (3, 1.02, 0.01, -0.01)]
 TABLE = [(lower_leaky, *row) for row in LOWER] + [(upper_leaky, *row) for row in UPPER]
@@ -19,7 +27,9 @@ def test_sigmoid_value_and_gradient(sigmoid, at, value, if_plus, if_minus):
     torch.testing.assert_close(z.grad, torch.tensor([if_plus, if_minus], dtype=torch.float32))
 
 
-@pytest.mark.parametrize("sigmoid, at, incoming, expected", [(lower_leaky, -1.0, -2.0, -0.4), (upper_leaky, 2.0, 2.0, 0.4)])
+@pytest.mark.parametrize(
+    "sigmoid, at, incoming, expected", [(lower_leaky, -1.0, -2.0, -0.4), (upper_leaky, 2.0, 2.0, 0.4)]
+)
 def test_gradient_in_the_leak_is_scaled_by_it(sigmoid, at, incoming, expected):
     z = torch.tensor(at, requires_grad=True)
     sigmoid(z, leak=0.2).backward(torch.tensor(incoming))  # 0.2 * 2

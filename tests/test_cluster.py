@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from test_decompose import config, home  # noqa: F401
 
 import cluster
 import decompose
 import eval as evaluation
 from cluster import Groups, coactivation, mdl_cost, merge_cost, sample_rank
-from test_decompose import config, home  # noqa: F401
 from train_target import run_script
 
 INF = math.inf
@@ -31,7 +31,10 @@ def brute_cost(X: np.ndarray, label: np.ndarray, alpha: float) -> float:
 
 def brute_differences(X: np.ndarray, label: np.ndarray, alpha: float) -> dict[tuple[int, int], float]:
     before = brute_cost(X, label, alpha)
-    return {(a, b): brute_cost(X, np.where(label == b, a, label), alpha) - before for a, b in itertools.combinations(sorted(set(label.tolist())), 2)}
+    return {
+        (a, b): brute_cost(X, np.where(label == b, a, label), alpha) - before
+        for a, b in itertools.combinations(sorted(set(label.tolist())), 2)
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +104,11 @@ def test_the_rare_are_lumped_together_though_they_never_meet():
     S, k, alpha = 1e6, 500, 10.0
     bound = S * math.log2(k / (k - 1)) / (2 * alpha)
     assert bound == pytest.approx(0.72 * S / (alpha * k), rel=0.01)
-    assert merge_cost(0.99 * bound, 0.99 * bound, 0, 1, 1, S, k, alpha) < 0 < merge_cost(1.01 * bound, 1.01 * bound, 0, 1, 1, S, k, alpha)
+    assert (
+        merge_cost(0.99 * bound, 0.99 * bound, 0, 1, 1, S, k, alpha)
+        < 0
+        < merge_cost(1.01 * bound, 1.01 * bound, 0, 1, 1, S, k, alpha)
+    )
 
 
 def test_sample_rank():
@@ -155,7 +162,9 @@ def test_ranks_of_all_pairs(case):
     sparse = sp.csr_matrix(X)
     groups, n, k = Groups(sparse, coactivation(sparse), alpha), X.T.astype(int) @ X, X.shape[1]
     s = n.diagonal()
-    costs = sorted(merge_cost(s[i], s[j], n[i, j], 1, 1, s.sum(), k, alpha) for i, j in itertools.combinations(range(k), 2))
+    costs = sorted(
+        merge_cost(s[i], s[j], n[i, j], 1, 1, s.sum(), k, alpha) for i, j in itertools.combinations(range(k), 2)
+    )
     for J, cost in enumerate(costs):
         i, j = groups.ranked_pair(J)
         assert i < j and merge_cost(s[i], s[j], n[i, j], 1, 1, s.sum(), k, alpha) == pytest.approx(cost, abs=1e-9)
@@ -193,13 +202,17 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
     return len(set(zip(a.tolist(), b.tolist()))) == len(set(a.tolist())) == len(set(b.tolist()))
 
 
-def toy(features: int, p: float, dense: int, layers: int, missing: float, N: int = 20_000, seed: int = 0) -> tuple[sp.csr_matrix, np.ndarray]:
+def toy(
+    features: int, p: float, dense: int, layers: int, missing: float, N: int = 20_000, seed: int = 0
+) -> tuple[sp.csr_matrix, np.ndarray]:
     """Canonical firing of a toy: `layers` matrices with a piece per feature, on with it, and one of `dense` pieces, on whenever
     any feature is; every piece is missing at a share of its places. And the component that each piece belongs to."""
     rng = np.random.default_rng(seed)
     feature = rng.random((N, features)) < p
     X = np.concatenate([feature] * layers + [np.repeat(feature.any(1, keepdims=True), dense, 1)], 1)
-    return sp.csr_matrix(X & (rng.random(X.shape) >= missing)), np.r_[np.tile(np.arange(features), layers), np.full(dense, features)]
+    return sp.csr_matrix(X & (rng.random(X.shape) >= missing)), np.r_[
+        np.tile(np.arange(features), layers), np.full(dense, features)
+    ]
 
 
 TOYS = {  # features, p, pieces of the dense matrix, matrices with a piece per feature, and the alphas between which its answer is found
@@ -263,9 +276,19 @@ def test_clusters_json(clustered):
     report = json.loads((clustered / "clusters.json").read_text())
     run, corpus = cluster.open_run("whole", "", "cpu")
     firing = cluster.gather(run, corpus, 0.01, 500, 0)
-    members = [(name, c) for component in report["components"] for name, numbers in component["members"].items() for c in numbers]
-    assert sorted(members) == sorted(firing.names) and len(members) == report["live"]  # every live one once, no dead one
-    assert len(report["cost_curve"]) == report["live"] and min(report["cost_curve"]) == report["cost"] == report["cost_curve"][report["merges"]]
+    members = [
+        (name, c)
+        for component in report["components"]
+        for name, numbers in component["members"].items()
+        for c in numbers
+    ]
+    assert (
+        sorted(members) == sorted(firing.names) and len(members) == report["live"]
+    )  # every live one once, no dead one
+    assert (
+        len(report["cost_curve"]) == report["live"]
+        and min(report["cost_curve"]) == report["cost"] == report["cost_curve"][report["merges"]]
+    )
     assert len(report["components"]) == report["live"] - report["merges"]
     place = {name: i for i, name in enumerate(firing.names)}
     X, cost = firing.X.toarray(), 0.0
@@ -275,7 +298,15 @@ def test_clusters_json(clustered):
         assert component["rank"] == len(own) and component["frequency"] == pytest.approx(s / len(X))
         assert component["fill"] == pytest.approx(X[:, own].sum() / (s * len(own)))
         layers = {name.split(".")[1] for name in component["members"]}
-        assert component["span"] == ("single" if len(own) == 1 else "matrix" if len(component["members"]) == 1 else "layer" if len(layers) == 1 else "layers")
+        assert component["span"] == (
+            "single"
+            if len(own) == 1
+            else "matrix"
+            if len(component["members"]) == 1
+            else "layer"
+            if len(layers) == 1
+            else "layers"
+        )
         cost += s * (math.log2(len(report["components"])) + 10 * len(own))
     assert cost == pytest.approx(report["cost"])
     assert {"clusters.png", "coactivation.png", "sizes.png"} <= {p.name for p in (clustered / "figures").iterdir()}
@@ -294,12 +325,26 @@ def test_firing_is_g_above_tau(whole):
 def test_clusters_txt_shows_tokens_where_the_component_is_on(clustered):
     text = (clustered / "clusters.txt").read_text()
     components = json.loads((clustered / "clusters.json").read_text())["components"]
-    assert [int(line.split()[1][:-1]) for line in text.splitlines() if line.startswith("component ")] == list(range(len(components)))
+    assert [int(line.split()[1][:-1]) for line in text.splitlines() if line.startswith("component ")] == list(
+        range(len(components))
+    )
     decode = {0: " a", 1: "b", 2: "\n"}
     on, tokens = np.array([0, 1, 0, 0, 0, 1], bool), np.array([[0, 1, 0], [2, 0, 1]])
-    shown = cluster.describe(7, {"members": {"up": [3, 5]}, "rank": 2, "frequency": 1 / 3, "fill": 0.5}, on, tokens, lambda ids: "".join(decode[i] for i in ids), np.random.default_rng(0))
+    shown = cluster.describe(
+        7,
+        {"members": {"up": [3, 5]}, "rank": 2, "frequency": 1 / 3, "fill": 0.5},
+        on,
+        tokens,
+        lambda ids: "".join(decode[i] for i in ids),
+        np.random.default_rng(0),
+    )
     lines = [line.strip() for line in shown.splitlines()]
-    assert lines == ["component 7: rank 2, on at 33.33% of tokens, fill 0.50; up 3 5", "[b] 100%/100%", "a[b] a", "⏎ a[b]"]
+    assert lines == [
+        "component 7: rank 2, on at 33.33% of tokens, fill 0.50; up 3 5",
+        "[b] 100%/100%",
+        "a[b] a",
+        "⏎ a[b]",
+    ]
 
 
 def test_a_sweep_draws_its_figure_and_leaves_clusters_json_alone(clustered, capsys):

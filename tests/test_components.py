@@ -8,16 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from test_cluster import home, whole  # noqa: F401  a tiny run
 
 import cluster
-from studies import components
 import decompose
 import losses
 from bench.clustering import planted
-from studies.components import Components, OwnMasks, adjusted_rand, hamming_distance, interaction_shares, pair_distance
 from eval import adversarial_sources
 from model import Decomposition
-from test_cluster import home, whole  # noqa: F401  a tiny run
+from studies import components
+from studies.components import Components, OwnMasks, adjusted_rand, hamming_distance, interaction_shares, pair_distance
 from train_target import run_script
 
 
@@ -72,7 +72,10 @@ def test_single_components_are_subcomponents(case):
     single = Components(run, torch.arange(52))
     target_output, g = single.importances(x)
     assert torch.equal(g, run.g)
-    r = [adversarial_sources(of.decomposition, x, target_output, g, 3, torch.Generator().manual_seed(0)) for of in (run, single)]
+    r = [
+        adversarial_sources(of.decomposition, x, target_output, g, 3, torch.Generator().manual_seed(0))
+        for of in (run, single)
+    ]
     assert torch.equal(*r)
 
 
@@ -99,7 +102,9 @@ def test_evaluate_agrees_with_eval(clustered, monkeypatch):
     for mode in ("ci", "rounded_0.0"):  # no chance in these
         assert sub[f"ce:{mode}"] == pytest.approx(metrics["ce"][mode], abs=1e-5)
         assert sub[f"kl:{mode}"] == pytest.approx(metrics["kl"][mode], abs=1e-5)
-        assert own[f"kl:{mode}"] == pytest.approx(component[f"kl:{mode}"], abs=1e-6)  # without sources sharing a mask is sharing g
+        assert own[f"kl:{mode}"] == pytest.approx(
+            component[f"kl:{mode}"], abs=1e-6
+        )  # without sources sharing a mask is sharing g
     assert component["l0"] <= sub["l0"] <= component["carried"] == pytest.approx(own["l0"])
     assert sub["ce:target"] == pytest.approx(metrics["ce"]["target"], abs=1e-5)
 
@@ -117,9 +122,18 @@ def test_stability_against_the_run_itself(clustered):
     before = (clustered / "clusters.json").read_bytes()
     components.main(components.Config(run="whole", against="whole"))
     found = json.loads((clustered / "stability-whole.json").read_text())["stability"]
-    assert found["matched cosine"]["mean"] == pytest.approx(1) and found["mmcs"]["U"] == pytest.approx(1) == found["mmcs"]["V initial"]
-    assert found["other run"]["pair distance"] == found["other run"]["Hamming"] == 0 and found["other run"]["adjusted Rand"] == 1
-    assert found["other run"]["items"] == json.loads(before)["live"] and (clustered / "clusters.json").read_bytes() == before
+    assert (
+        found["matched cosine"]["mean"] == pytest.approx(1)
+        and found["mmcs"]["U"] == pytest.approx(1) == found["mmcs"]["V initial"]
+    )
+    assert (
+        found["other run"]["pair distance"] == found["other run"]["Hamming"] == 0
+        and found["other run"]["adjusted Rand"] == 1
+    )
+    assert (
+        found["other run"]["items"] == json.loads(before)["live"]
+        and (clustered / "clusters.json").read_bytes() == before
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,13 +162,23 @@ def test_interactions_by_hand(clustered):
 def test_interaction_shares_by_hand():
     """Four subcomponents, components {0, 1} (tight) and {2, 3} (a lump)."""
     I = np.array([[1, 2, 0, 0], [0.5, 1, 3, 0], [0, 0, 1, 1], [0, 0, 1, 1]])
-    shares = interaction_shares(I, np.eye(4), np.array([0, 0, 1, 1]), np.array([False, False, True, True]), np.random.default_rng(0))
+    shares = interaction_shares(
+        I, np.eye(4), np.array([0, 0, 1, 1]), np.array([False, False, True, True]), np.random.default_rng(0)
+    )
     assert shares["inside"] == 3 / 4 and shares["pairs inside"] == 4
     assert shares["between"] == 1 / 8 and shares["shuffled positions"] == 0
     assert shares["shuffled labels"] == pytest.approx(4 / 12, abs=0.06)  # that of all pairs, in expectation
-    assert shares["inside, no lumps"] == 1 / 2 and shares["pairs inside, no lumps"] == 2 and math.isnan(shares["between, no lumps"])
+    assert (
+        shares["inside, no lumps"] == 1 / 2
+        and shares["pairs inside, no lumps"] == 2
+        and math.isnan(shares["between, no lumps"])
+    )
     alone = interaction_shares(I, np.ones((4, 4)), np.arange(4), np.zeros(4, bool), np.random.default_rng(0))
-    assert math.isnan(alone["inside"]) and alone["between"] == alone["between, no lumps"] == 4 / 12 and alone["shuffled positions"] == 1
+    assert (
+        math.isnan(alone["inside"])
+        and alone["between"] == alone["between, no lumps"] == 4 / 12
+        and alone["shuffled positions"] == 1
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,14 +230,19 @@ def test_match_finds_a_permutation(decomposition, gpt):
             order[name] = torch.randperm(C, generator=generator)
             sign = torch.where(torch.rand(C, generator=generator) < 0.5, -1.0, 1.0)
             for mine, theirs in ((A.U, B.U), (A.V, B.V)):
-                theirs[name].copy_(mine[name][:, order[name]] * sign + 0.01 * torch.randn(mine[name].shape, generator=generator) * mine[name].std())
+                theirs[name].copy_(
+                    mine[name][:, order[name]] * sign
+                    + 0.01 * torch.randn(mine[name].shape, generator=generator) * mine[name].std()
+                )
     names = [(name, c) for name, C in A.C.items() for c in range(C)]
     found = components.match(A, B, names, names)
     assert len(found["pairs"]) == 52 and found["cosine"].min() > 0.99 and min(found["U"].min(), found["V"].min()) > 0.99
     for i, j in found["pairs"]:
         (name, c), (other, d) = names[i], names[j]
         assert name == other and order[name][d] == c
-    few = components.match(A, B, names[:5], names[:2])  # the first matrix, of 3, and a part of the next: 2 of 3 have a match
+    few = components.match(
+        A, B, names[:5], names[:2]
+    )  # the first matrix, of 3, and a part of the next: 2 of 3 have a match
     assert sorted(found["pairs"].tolist()) != few["pairs"].tolist() and len(few["pairs"]) == 2
 
 
@@ -221,7 +250,10 @@ def test_initial_is_where_the_run_started(whole):  # noqa: F811
     run, _ = components.open_run("whole", "", "cpu")
     vpd, _ = decompose.build(decompose.Config(**run.config), run.checkpoint["target"], torch.device("cpu"))
     at_start = components.initial(run)
-    assert all(torch.equal(at_start.U[n], vpd.decomposition.U[n]) and torch.equal(at_start.V[n], vpd.decomposition.V[n]) for n in at_start.names)
+    assert all(
+        torch.equal(at_start.U[n], vpd.decomposition.U[n]) and torch.equal(at_start.V[n], vpd.decomposition.V[n])
+        for n in at_start.names
+    )
     assert not torch.equal(at_start.U["blocks.0.mlp.up"], run.decomposition.U["blocks.0.mlp.up"])
 
 
@@ -239,7 +271,12 @@ def test_initial_is_where_the_run_started(whole):  # noqa: F811
     (["whole", "--windows=0"], "windows=0"),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line(home, clustered, args, message, monkeypatch, capsys):  # noqa: F811
-    for name, text in (("bare", None), ("broken", '{"components": ['), ("foreign", '{"components": [{"members": {"blocks.0.attn.q": [99]}}]}'), ("smaller", None)):
+    for name, text in (
+        ("bare", None),
+        ("broken", '{"components": ['),
+        ("foreign", '{"components": [{"members": {"blocks.0.attn.q": [99]}}]}'),
+        ("smaller", None),
+    ):
         (home / name).mkdir(exist_ok=True)
         checkpoint = (clustered / "checkpoint.pt").read_bytes()
         (home / name / "checkpoint.pt").write_bytes(checkpoint)

@@ -96,7 +96,9 @@ def test_encoding_applies_the_merges():
     assert encoding.encode_ordinary("ab abb") == [256, 257, ord("b")]
 
 
-@pytest.mark.parametrize("text", ["plain words, 42!", "naïve Ελληνικά 日本語", "🙂👩‍👩‍👧 emoji", "tab\t\n\n  end ", "nul\0\0nul", ""])
+@pytest.mark.parametrize(
+    "text", ["plain words, 42!", "naïve Ελληνικά 日本語", "🙂👩‍👩‍👧 emoji", "tab\t\n\n  end ", "nul\0\0nul", ""]
+)
 def test_encoding_round_trip(text):
     encoding = bpe_encoding(learn_bpe("plain words nul\0\0nul 🙂🙂 日本日本 " * 2, 300))
     assert encoding.decode(encoding.encode_ordinary(text)) == text
@@ -114,7 +116,9 @@ def test_the_standard_library_gets_a_learnt_bpe_unasked(capsys):
 
 def test_other_text_gets_gpt2_where_it_can_be_had(tmp_path, monkeypatch):
     ranks = {bytes([b]): b for b in range(256)}
-    pretend = tiktoken.Encoding("gpt2", pat_str=data.WORDS, mergeable_ranks=ranks, special_tokens={tokenise.END_OF_TEXT: 256})
+    pretend = tiktoken.Encoding(
+        "gpt2", pat_str=data.WORDS, mergeable_ranks=ranks, special_tokens={tokenise.END_OF_TEXT: 256}
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": pretend}[name])
     corpus = data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
     assert corpus.encoding is pretend
@@ -123,7 +127,9 @@ def test_other_text_gets_gpt2_where_it_can_be_had(tmp_path, monkeypatch):
 def test_without_network_a_bpe_is_learnt_and_said_so(tmp_path, capsys):
     corpus = data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
     assert 257 < corpus.vocab_size <= 1024
-    assert re.search(r"GPT-2's vocabulary cannot be had.*OSError.*learning a BPE of 1024 tokens", capsys.readouterr().out)
+    assert re.search(
+        r"GPT-2's vocabulary cannot be had.*OSError.*learning a BPE of 1024 tokens", capsys.readouterr().out
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +187,10 @@ def bad_folder(folder, files):
         ({"a.txt": "x", "b.jsonl": '{"text": "x"}'}, r"mixes \.jsonl, \.txt"),
         ({"a.csv": "x"}, r"no .txt, .jsonl, .jsonl.zst, .parquet file there"),
         ({}, r"no .txt, .jsonl, .jsonl.zst, .parquet file there"),
-        ({"a.jsonl": '{"title": "x", "body": "y"}\n'}, "has columns title, body: one must be 'text', 'story', 'content' or 'input_ids'"),
+        (
+            {"a.jsonl": '{"title": "x", "body": "y"}\n'},
+            "has columns title, body: one must be 'text', 'story', 'content' or 'input_ids'",
+        ),
         ({"a.jsonl": '{"text": ""}\n'}, "holds no text"),
         ({"a.jsonl": "not json at all\n"}, "cannot be read as json"),
         ({"a.parquet": "not parquet at all"}, "cannot be read as parquet"),
@@ -194,7 +203,9 @@ def test_unusable_dataset(tmp_path, files, message):
 
 
 def test_unknown_dataset(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'no-such-set' does not exist: give 'stdlib', 'pile', 'simplestories',"):
+    with pytest.raises(
+        FileNotFoundError, match="'no-such-set' does not exist: give 'stdlib', 'pile', 'simplestories',"
+    ):
         data.load("no-such-set", tmp_path / "data")
 
 
@@ -253,7 +264,10 @@ def test_an_interrupted_tokenisation_leaves_nothing_behind(tmp_path, monkeypatch
 
 
 def same(a, b):
-    return all(np.array_equal(a.tokens[split], b.tokens[split]) for split in ("train", "val")) and a.vocabulary == b.vocabulary
+    return (
+        all(np.array_equal(a.tokens[split], b.tokens[split]) for split in ("train", "val"))
+        and a.vocabulary == b.vocabulary
+    )
 
 
 @pytest.mark.parametrize("suffix, column", [(".jsonl.zst", "text"), (".parquet", "story"), ("-folder", "text")])
@@ -325,7 +339,11 @@ def test_half_written_token_files_are_not_taken_for_a_part(tmp_path, folder_of_t
         with pytest.raises(KeyboardInterrupt):
             data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
     (part,) = (tmp_path / "data").iterdir()
-    (part / "progress.json").write_text(json.dumps({"fingerprint": data.fingerprint(folder_of_two, 10**6), "train": 10**5, "val": 10, "documents": 10**3}))
+    (part / "progress.json").write_text(
+        json.dumps(
+            {"fingerprint": data.fingerprint(folder_of_two, 10**6), "train": 10**5, "val": 10, "documents": 10**3}
+        )
+    )
     assert same(data.load(folder_of_two, tmp_path / "data", max_tokens=10**6), whole)
 
 
@@ -333,7 +351,11 @@ def test_a_stream_keeps_its_vocabulary_when_gpt2_appears_half_way(tmp_path, fold
     whole = data.load(folder_of_two, tmp_path / "whole", max_tokens=10**6)
     count, encode = itertools.count(), tokenise.ids_of
     with monkeypatch.context() as patch:
-        patch.setattr(tokenise, "ids_of", lambda *args: encode(*args) if next(count) < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            tokenise,
+            "ids_of",
+            lambda *args: encode(*args) if next(count) < 2 else (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("another vocabulary"))
@@ -383,7 +405,12 @@ def test_names_of_token_folders(dataset, max_tokens, name):
 @pytest.fixture
 def counting():
     """A corpus whose i-th token is i, so that a window shows where it begins."""
-    return Corpus("counting", {split: np.arange(1000, dtype=np.uint16) for split in ("train", "val")}, encoding=None, vocabulary="")
+    return Corpus(
+        "counting",
+        {split: np.arange(1000, dtype=np.uint16) for split in ("train", "val")},
+        encoding=None,
+        vocabulary="",
+    )
 
 
 def test_batch_is_B_windows_of_T_plus_1_tokens(counting):
@@ -406,7 +433,10 @@ def test_batch_differs_by_seed_split_and_step(counting, other):
 
 
 def test_batch_reaches_the_first_and_the_last_window(counting):
-    assert set(counting.batch("train", step=0, B=100, T=998)[:, 0].tolist()) == {0, 1}  # 1,000 tokens: two windows of 999
+    assert set(counting.batch("train", step=0, B=100, T=998)[:, 0].tolist()) == {
+        0,
+        1,
+    }  # 1,000 tokens: two windows of 999
 
 
 def test_too_few_tokens_for_a_window(counting):

@@ -19,18 +19,32 @@ from naive import NaiveVPD
 from torch import nn
 
 import data
-import tokenise
 import decompose
 import eval as evaluation
 import losses
 import run
+import tokenise
 import train_target
 from ci_fn import lower_leaky
 
 compile_with = torch.compile
 ROOT = Path(__file__).parent.parent
 TINY_TARGET = dict(steps=12, B=4, T=16, d_model=16, n_head=2, d_mlp=32, val_every=4, val_windows=8)
-TINY = dict(steps=8, B=2, T=16, C="*=6", d_ci=16, n_head_ci=2, d_mlp_ci=16, faith_steps=3, log_every=1, save_every=4, eval_windows=2, report_tokens=0, compile=False)
+TINY = dict(
+    steps=8,
+    B=2,
+    T=16,
+    C="*=6",
+    d_ci=16,
+    n_head_ci=2,
+    d_mlp_ci=16,
+    faith_steps=3,
+    log_every=1,
+    save_every=4,
+    eval_windows=2,
+    report_tokens=0,
+    compile=False,
+)
 
 
 def flags(settings: dict) -> list[str]:
@@ -82,18 +96,39 @@ def whole(home) -> Path:
 
 
 def test_run_folder(whole):
-    files = {"config.json", "metrics.jsonl", "metrics.json", "checkpoint.pt", "figures", "generations.txt", "report.html", "labels.jsonl"}
+    files = {
+        "config.json",
+        "metrics.jsonl",
+        "metrics.json",
+        "checkpoint.pt",
+        "figures",
+        "generations.txt",
+        "report.html",
+        "labels.jsonl",
+    }
     assert {p.name for p in whole.iterdir()} == files
-    assert {p.name for p in (whole / "figures").iterdir()} == {"losses.png", "spectrum.png", "importances.png", "ablations.png"}
+    assert {p.name for p in (whole / "figures").iterdir()} == {
+        "losses.png",
+        "spectrum.png",
+        "importances.png",
+        "ablations.png",
+    }
     about = json.loads((whole / "config.json").read_text())
-    assert about["steps"] == TINY["steps"] and about["versions"]["torch"] == torch.__version__ and about["command"] and about["hardware"]
+    assert (
+        about["steps"] == TINY["steps"]
+        and about["versions"]["torch"] == torch.__version__
+        and about["command"]
+        and about["hardware"]
+    )
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(TINY["steps"]))
     assert rows[0]["p"] == 2.0 and rows[-1]["p"] == pytest.approx(0.4)
     c = config()
     for row in rows:
         terms = c.beta_adv * row["adversarial"] + c.beta_stoch * row["stochastic"] + c.beta_imp * row["importance"]
-        assert row["total"] == pytest.approx(terms + c.beta_freq * row["frequency"] + c.beta_delta * row["faithfulness"], rel=1e-4)
+        assert row["total"] == pytest.approx(
+            terms + c.beta_freq * row["frequency"] + c.beta_delta * row["faithfulness"], rel=1e-4
+        )
 
 
 def test_metrics_json(whole):
@@ -105,7 +140,11 @@ def test_metrics_json(whole):
     assert metrics["ce_unrecovered"]["zero"] == 1
     assert metrics["l0"]["total"] == pytest.approx(sum(metrics["l0"]["per_matrix"].values()))
     assert metrics["live"]["total"] == sum(metrics["live"]["per_matrix"].values()) <= metrics["live"]["C"] == 12 * 6
-    assert set(metrics["hidden_mse"]) == {"stochastic", "ci"} and set(metrics["seconds"]) == {"target", "decompose", "eval"}
+    assert set(metrics["hidden_mse"]) == {"stochastic", "ci"} and set(metrics["seconds"]) == {
+        "target",
+        "decompose",
+        "eval",
+    }
     assert all(math.isfinite(t) for part in ("ce", "kl") for t in metrics[part].values())
 
 
@@ -137,7 +176,9 @@ def test_resumed_run_is_the_whole_run_bit_for_bit(whole, home, monkeypatch):
             decompose.main(config(out="halves"))
     assert torch.load(home / "halves/checkpoint.pt", weights_only=True)["vpd"]["step"] == 4
     decompose.main(resumed("halves"))
-    once, twice = (torch.load(folder / "checkpoint.pt", weights_only=True)["vpd"] for folder in (whole, home / "halves"))
+    once, twice = (
+        torch.load(folder / "checkpoint.pt", weights_only=True)["vpd"] for folder in (whole, home / "halves")
+    )
     assert len(tensors(once)) == len(tensors(twice)) > 50
     assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(twice)))
     assert (whole / "metrics.jsonl").read_text() == (home / "halves/metrics.jsonl").read_text()
@@ -177,13 +218,17 @@ def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_
     target_output, inputs = vpd.decomposition.target_pass(x)
     g = lower_leaky(vpd.ci_fn(inputs)).detach()
     r = vpd.adversary.r.clone().requires_grad_()
-    (grad_r,) = torch.autograd.grad(losses.adversarial_reconstruction(vpd.decomposition, x, target_output, g, r, divergence=vpd.divergence), r)
+    (grad_r,) = torch.autograd.grad(
+        losses.adversarial_reconstruction(vpd.decomposition, x, target_output, g, r, divergence=vpd.divergence), r
+    )
     vpd.train_step(x)
     # After one update Adam's first moment is (1 - beta1) grad_r.
     assert torch.allclose(vpd.adversary.mom1, 0.5 * grad_r, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("changes", [dict(beta_adv=0.0), dict(beta_stoch=0.0), dict(adv_scope="batch", S=2), dict(adv_routing="subset", S=2)])
+@pytest.mark.parametrize(
+    "changes", [dict(beta_adv=0.0), dict(beta_stoch=0.0), dict(adv_scope="batch", S=2), dict(adv_routing="subset", S=2)]
+)
 def test_variants_of_the_loss(home, changes):
     vpd, x = tiny_vpd(home, **changes)
     row = vpd.train_step(x)
@@ -198,7 +243,10 @@ def a_step(vpd: decompose.VPD, x: torch.Tensor) -> tuple[dict[str, float], list[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: None)
         row = vpd.train_step(x)
-    return {name: value.item() for name, value in row.items()}, [*(p.grad for p in vpd.learning), *vpd.adversary.state_dict().values()]
+    return {name: value.item() for name, value in row.items()}, [
+        *(p.grad for p in vpd.learning),
+        *vpd.adversary.state_dict().values(),
+    ]
 
 
 def assert_same_step(one: decompose.VPD, other: decompose.VPD, x: torch.Tensor) -> None:
@@ -284,14 +332,19 @@ def test_readme_commands_at_tiny_size(home):
     printed = call("decompose.py", "--dataset=text", "--target=cli-target", "--out=cli", *flags(TINY))
     assert "adversarial_320" in printed and "rounded_0.0" in printed
     table = call("eval.py", "cli", "--windows=2")
-    assert table.splitlines()[1].split() == next(line for line in printed.splitlines() if line.startswith("target ")).split()
+    assert (
+        table.splitlines()[1].split()
+        == next(line for line in printed.splitlines() if line.startswith("target ")).split()
+    )
 
 
 def test_wandb_mirrors_the_log(home, monkeypatch):
     """Against a stand-in: the same rows as metrics.jsonl; without the package one line says so."""
     sent, begun = [], {}
     run = SimpleNamespace(log=lambda row, step: sent.append((step, row)), finish=lambda: sent.append("finished"))
-    stand_in = SimpleNamespace(init=lambda **about: begun.update(about) or run, __spec__=importlib.machinery.ModuleSpec("wandb", None))
+    stand_in = SimpleNamespace(
+        init=lambda **about: begun.update(about) or run, __spec__=importlib.machinery.ModuleSpec("wandb", None)
+    )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     decompose.main(config(out="mirrored", wandb="vpd", steps=3))
     rows = [json.loads(line) for line in (home / "mirrored" / "metrics.jsonl").read_text().splitlines()]
@@ -304,7 +357,14 @@ def test_wandb_mirrors_the_log(home, monkeypatch):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(home):
     settings = TINY | dict(steps=100_000, save_every=100_000)
-    command = [sys.executable, ROOT / "decompose.py", "--dataset=text", "--target=target", "--out=stopped", *flags(settings)]
+    command = [
+        sys.executable,
+        ROOT / "decompose.py",
+        "--dataset=text",
+        "--target=target",
+        "--out=stopped",
+        *flags(settings),
+    ]
     process = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = home / "stopped/metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
@@ -333,7 +393,11 @@ BAD = [
     ("decompose", ["--target=nowhere"], "run folder 'nowhere' does not exist"),
     ("decompose", ["--resume=nowhere"], "run folder 'nowhere' does not exist"),
     ("decompose", ["--resume=foreign"], "checkpoint of kind 'target', not 'decomposition'"),
-    ("decompose", ["--resume=whole", "--lr=0.1"], "lr=0.1: the run in whole has lr=0.003, and on resuming only steps, log_every,"),
+    (
+        "decompose",
+        ["--resume=whole", "--lr=0.1"],
+        "lr=0.1: the run in whole has lr=0.003, and on resuming only steps, log_every,",
+    ),
     ("decompose", ["--resume=whole", "--steps=7"], "steps=7: the run in whole has done 8 already"),
     ("decompose", ["--resume=text"], "holds no checkpoint.pt"),
     ("train_target", ["--resume=text"], "holds no state.pt"),
@@ -357,13 +421,22 @@ BAD = [
 def test_bad_input_ends_in_one_line(home, whole, script, args, message, monkeypatch, capsys):
     (home / "empty.txt").write_text("")
     (home / "short.txt").write_text("hello\n")
-    for name, content in (("foreign", (home / "target/checkpoint.pt").read_bytes()), ("truncated", (whole / "checkpoint.pt").read_bytes()[:5000])):
+    for name, content in (
+        ("foreign", (home / "target/checkpoint.pt").read_bytes()),
+        ("truncated", (whole / "checkpoint.pt").read_bytes()[:5000]),
+    ):
         (home / name).mkdir(exist_ok=True)
         (home / name / "checkpoint.pt").write_bytes(content)
-    defaults = flags(dict(dataset="text", target="target") | TINY) if script == "decompose" and not any("resume" in a for a in args) else []
+    defaults = (
+        flags(dict(dataset="text", target="target") | TINY)
+        if script == "decompose" and not any("resume" in a for a in args)
+        else []
+    )
     names = {a.partition("=")[0] for a in args}
     module = {"decompose": decompose, "eval": evaluation, "train_target": train_target}[script]
-    monkeypatch.setattr(sys, "argv", [script + ".py", *(f for f in defaults if f.partition("=")[0] not in names), *args])
+    monkeypatch.setattr(
+        sys, "argv", [script + ".py", *(f for f in defaults if f.partition("=")[0] not in names), *args]
+    )
     if script == "train_target":
         sys.argv.append("--dataset=text")
     with pytest.raises(SystemExit) as stop:

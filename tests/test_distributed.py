@@ -18,13 +18,21 @@ import decompose
 import distributed
 import losses
 import run
-import train_target
 
 STEPS = 20
 B = 4
 REAL_ROUTING = losses.sample_routing
-VARIANTS = [(False, {}), (True, {}), (True, {"accumulate": 2}), (True, {"adv_scope": "batch"})]  # double precision, settings
-VARIANTS += [(False, {"shard": True}), (True, {"shard": True, "d_mlp_ci": 15}), (True, {"shard": True, "accumulate": 2})]  # 15: uneven parts
+VARIANTS = [
+    (False, {}),
+    (True, {}),
+    (True, {"accumulate": 2}),
+    (True, {"adv_scope": "batch"}),
+]  # double precision, settings
+VARIANTS += [
+    (False, {"shard": True}),
+    (True, {"shard": True, "d_mlp_ci": 15}),
+    (True, {"shard": True, "accumulate": 2}),
+]  # 15: uneven parts
 
 
 class Deal:
@@ -57,7 +65,13 @@ class Deal:
 
     def routing(self, shape, L, generator):
         self.calls += 1
-        return torch.stack([REAL_ROUTING((shape[0], *shape[2:]), L, row) for row in self.rows(1 + self.calls % self.routings, shape[1])], 1)
+        return torch.stack(
+            [
+                REAL_ROUTING((shape[0], *shape[2:]), L, row)
+                for row in self.rows(1 + self.calls % self.routings, shape[1])
+            ],
+            1,
+        )
 
 
 @contextlib.contextmanager
@@ -96,7 +110,10 @@ def agree(one, other, tolerance: float, losses_alone: bool = False) -> None:
     for step, (a, b) in enumerate(zip(rows, other_rows)):
         assert b == pytest.approx(a, rel=tolerance, abs=tolerance), step
     for name in () if losses_alone else state:
-        assert torch.allclose(state[name], other_state[name], rtol=0, atol=tolerance), (name, (state[name] - other_state[name]).abs().max())
+        assert torch.allclose(state[name], other_state[name], rtol=0, atol=tolerance), (
+            name,
+            (state[name] - other_state[name]).abs().max(),
+        )
 
 
 @pytest.mark.parametrize("accumulate, changes", [(4, {}), (2, {"adv_routing": "subset", "S": 2})])
@@ -132,8 +149,17 @@ distributed.stop()
 
 
 def torchrun(home: Path, *command: str) -> str:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(decompose.__file__).parent)])}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command], cwd=home, capture_output=True, text=True, env=env)
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(decompose.__file__).parent)]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -157,7 +183,9 @@ def test_the_frequency_term_of_parts_by_hand():
     g = [torch.tensor([[[value]]], requires_grad=True) for value in (1.0, 2.0)]
     for part in g:
         importance, frequency = losses.minimality(part, 1.0, lambda s: torch.tensor([3.0]), 2)
-        assert importance.item() == pytest.approx(3 / 2) and frequency.item() == pytest.approx(3 * 2 / 2)  # log2(1 + 3) = 2
+        assert importance.item() == pytest.approx(3 / 2) and frequency.item() == pytest.approx(
+            3 * 2 / 2
+        )  # log2(1 + 3) = 2
         (frequency / 2).backward()
     # d/ds s log2(1 + s) / 2 at 3 is (2 + 3 / (4 ln 2)) / 2, and ds/dg is 1 in either part
     expected = (2 + 0.75 / 0.6931472) / 2
@@ -169,8 +197,12 @@ def test_processes_draw_from_different_streams(home, monkeypatch):
     for rank in (0, 1):
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "rank", lambda: rank)
-            vpd, _ = decompose.build(config(), run.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu"))
-            drawn.append((vpd.adversary.r, torch.rand(9, generator=vpd.generator), vpd.decomposition.subcomponents()[0].detach()))
+            vpd, _ = decompose.build(
+                config(), run.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu")
+            )
+            drawn.append(
+                (vpd.adversary.r, torch.rand(9, generator=vpd.generator), vpd.decomposition.subcomponents()[0].detach())
+            )
     assert not torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][1], drawn[1][1])
     assert torch.equal(drawn[0][2], drawn[1][2])  # the same start
 
@@ -197,10 +229,14 @@ def test_torchrun_to_the_table_and_resumed(home, shard):
     with pytest.raises(ValueError, match="that run had 2 processes"):
         decompose.main(decompose.Config(resume=run).defaults())
     # Sharded or not, what is saved is the state of a VPD that is not.
-    vpd, _ = decompose.build(config(B=B), run.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu"))
+    vpd, _ = decompose.build(
+        config(B=B), run.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu")
+    )
     vpd.load_state_dict(once)
     for name, state in vpd.state_dict().items():
-        assert name == "generators" or all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(once[name]), strict=True))
+        assert name == "generators" or all(
+            torch.equal(a, b) for a, b in zip(tensors(state), tensors(once[name]), strict=True)
+        )
     assert once["optimizer"]["param_groups"] == vpd.state_dict()["optimizer"]["param_groups"]
 
 
@@ -245,7 +281,13 @@ def test_one_process_cannot_shard(home):
     assert not (home / "alone").exists()
 
 
-@pytest.mark.parametrize("changes, message", [(dict(B=3, accumulate=2), "B=3: must be a multiple of accumulate=2"), (dict(accumulate=2, adv_scope="batch"), "adv_scope=batch")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(B=3, accumulate=2), "B=3: must be a multiple of accumulate=2"),
+        (dict(accumulate=2, adv_scope="batch"), "adv_scope=batch"),
+    ],
+)
 def test_batches_that_cannot_be_divided(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)

@@ -9,9 +9,9 @@ from test_decompose import home  # noqa: F401  (home is a fixture)
 from torch.utils.flop_counter import FlopCounterMode
 
 import decompose
-from bench import estimate
 import run
 import train_target
+from bench import estimate
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(vocab_size=300, context=32, n_layer=2, n_head=4, d_model=64, d_mlp=128)
@@ -53,7 +53,10 @@ def test_published_flops():
 def test_parts_and_processes_need_less_memory_each():
     whole = estimate.cost(small(), SMALL)
     half = estimate.cost(small(accumulate=2), SMALL)
-    assert half.memory["masked passes"] == whole.memory["masked passes"] / 2 and half.memory["sources"] == whole.memory["sources"]
+    assert (
+        half.memory["masked passes"] == whole.memory["masked passes"] / 2
+        and half.memory["sources"] == whole.memory["sources"]
+    )
     shared = estimate.cost(small(), SMALL, processes=2)
     assert shared.memory["sources"] == whole.memory["sources"] / 2 and shared.memory["Gamma"] == whole.memory["Gamma"]
     sharded = estimate.cost(small(shard=True), SMALL, processes=2)
@@ -72,7 +75,11 @@ def test_what_cannot_fit_is_refused_with_the_flags_that_help(monkeypatch, capsys
         estimate.report(small(B=8), SMALL, torch.device("cpu"), 1, half=False)
     assert "GFLOP a token" in capsys.readouterr().out
     estimate.report(small(B=8, accumulate=4), SMALL, torch.device("cpu"), 1, half=False)  # and it does
-    monkeypatch.setattr(estimate, "available_memory", lambda device: 2 * estimate.cost(small(B=2, shard=True), SMALL, processes=2).total_memory)
+    monkeypatch.setattr(
+        estimate,
+        "available_memory",
+        lambda device: 2 * estimate.cost(small(B=2, shard=True), SMALL, processes=2).total_memory,
+    )
     with pytest.raises(ValueError, match="it would fit with --shard=True$"):
         estimate.report(small(B=2), SMALL, torch.device("cpu"), 2, half=False)
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1000)
@@ -96,9 +103,15 @@ def test_a_file_of_the_piles_shape_to_the_table_at_scale_tiny(home, monkeypatch,
     """`python decompose.py --dataset=<.jsonl.zst> --scale=tiny`, target and all; a flag goes on top of the scale."""
     import zstandard
 
-    rows = "".join(json.dumps({"text": f"{i} is the square of {i**0.5:.3f}.\n" * 4, "meta": {"pile_set_name": "Pile-CC"}}) + "\n" for i in range(300))
+    rows = "".join(
+        json.dumps({"text": f"{i} is the square of {i**0.5:.3f}.\n" * 4, "meta": {"pile_set_name": "Pile-CC"}}) + "\n"
+        for i in range(300)
+    )
     (home / "shard.jsonl.zst").write_bytes(zstandard.compress(rows.encode()))
-    monkeypatch.setattr("sys.argv", ["decompose.py", "--dataset=shard.jsonl.zst", "--scale=tiny", "--max_tokens=5000", "--steps=30", "--out=tiny"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["decompose.py", "--dataset=shard.jsonl.zst", "--scale=tiny", "--max_tokens=5000", "--steps=30", "--out=tiny"],
+    )
     run.run_script(decompose.main, decompose.Config, None)
     printed = capsys.readouterr().out
     assert "adversarial_320" in printed and "s a step on this device" in printed

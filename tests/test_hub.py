@@ -56,8 +56,14 @@ def run(tmp_path):
 
     def run(code):
         env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TIKTOKEN"))}
-        env |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-        done = subprocess.run([sys.executable, "-c", PREAMBLE + code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        env |= {
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", PREAMBLE + code], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -121,8 +127,17 @@ time.sleep = lambda seconds: None  # the library tries again a few times
 print(json.dumps([missing, column, vocabulary, error("tinystories")]))
 """)
     missing, column, vocabulary, network = found
-    assert missing.startswith("ValueError: dataset 'hf:owner/nothing': the data step failed, as owner/nothing cannot be read from http://127.0.0.1")
+    assert missing.startswith(
+        "ValueError: dataset 'hf:owner/nothing': the data step failed, as owner/nothing cannot be read from http://127.0.0.1"
+    )
     assert column == "ValueError: dataset 'hf:owner/ids:words' has columns input_ids: there is no 'words'"
-    assert vocabulary.startswith("ValueError: dataset 'pile': the vocabulary step failed") and "(ConnectionError): set TIKTOKEN_CACHE_DIR" in vocabulary
-    assert network.startswith("ValueError: dataset 'tinystories': the data step failed") and "set HF_HOME" in network and "a local copy" in network
+    assert (
+        vocabulary.startswith("ValueError: dataset 'pile': the vocabulary step failed")
+        and "(ConnectionError): set TIKTOKEN_CACHE_DIR" in vocabulary
+    )
+    assert (
+        network.startswith("ValueError: dataset 'tinystories': the data step failed")
+        and "set HF_HOME" in network
+        and "a local copy" in network
+    )
     assert not any("\n" in line for line in found)

@@ -87,7 +87,9 @@ def test_kl_by_hand():
     q = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.1, 0.2, 0.7]])
     # Row 1: 1/2 ln(3/2) + 1/2 ln(3/4) = ln 3 - 3/2 ln 2; row 2: 0. (Turned round it would be 5/3 ln 2 - ln 3.)
     expected = (math.log(3) - 1.5 * math.log(2)) / 2
-    assert losses.kl_divergence(p.log() + 3, q.log() - 5).item() == pytest.approx(expected, abs=1e-6)  # logits: up to a constant
+    assert losses.kl_divergence(p.log() + 3, q.log() - 5).item() == pytest.approx(
+        expected, abs=1e-6
+    )  # logits: up to a constant
 
 
 def test_kl_of_equal_logits_is_zero():
@@ -113,7 +115,9 @@ def test_kl_from_hidden_states_holds_no_logits():
 
     unembedding, h_p, h_q = rand(500, 8), rand(400, 8, seed=1), rand(400, 8, seed=2).requires_grad_()
     small = peak_bytes(lambda: losses.HiddenKL(unembedding, chunk=20)(h_p, h_q).backward(), torch.device("cpu"))
-    whole = peak_bytes(lambda: losses.kl_divergence(h_p @ unembedding.T, h_q @ unembedding.T).backward(), torch.device("cpu"))
+    whole = peak_bytes(
+        lambda: losses.kl_divergence(h_p @ unembedding.T, h_q @ unembedding.T).backward(), torch.device("cpu")
+    )
     assert small < 4 * 400 * 500 < whole
 
 
@@ -188,7 +192,9 @@ def test_minimalities_add_up_to_the_fused_form():
     g, p, beta_imp, beta_freq = rand(3, 5, 7), 0.7, 2.0, 0.6
     s = g.pow(p).sum((0, 1))
     fused = (s * (1 + beta_freq / beta_imp * torch.log2(1 + s))).sum() / (3 * 5)
-    close(beta_imp * losses.importance_minimality(g, p) + beta_freq * losses.frequency_minimality(g, p), beta_imp * fused)
+    close(
+        beta_imp * losses.importance_minimality(g, p) + beta_freq * losses.frequency_minimality(g, p), beta_imp * fused
+    )
 
 
 def test_adversarial_reconstruction_by_hand(one_by_one):
@@ -223,7 +229,10 @@ def test_stochastic_reconstruction_is_a_function_of_the_generator(decomposition,
 def test_S_samples_are_averaged(decomposition, gpt, tokens, shape):
     g, r, routing = rand(3, 8, 52, seed=1), rand(*shape), losses.sample_routing((3, 3, 8), 12, generator())
     together = losses.adversarial_reconstruction(decomposition, tokens, gpt(tokens), g, r, routing)
-    alone = [losses.adversarial_reconstruction(decomposition, tokens, gpt(tokens), g, r[s : s + 1], routing[s : s + 1]) for s in range(3)]
+    alone = [
+        losses.adversarial_reconstruction(decomposition, tokens, gpt(tokens), g, r[s : s + 1], routing[s : s + 1])
+        for s in range(3)
+    ]
     close(together, sum(alone) / 3)
 
 
@@ -248,7 +257,13 @@ def step(decomposition, tokens):
         "faithfulness": losses.faithfulness(decomposition),
     }
     f = decomposition
-    learners = {"U": f.U.values(), "V": f.V.values(), "Gamma": gamma.parameters(), "r": [r], "target": f.target.parameters()}
+    learners = {
+        "U": f.U.values(),
+        "V": f.V.values(),
+        "Gamma": gamma.parameters(),
+        "r": [r],
+        "target": f.target.parameters(),
+    }
     return terms, {name: list(group) for name, group in learners.items()}
 
 
@@ -297,7 +312,12 @@ def test_ascent_is_torchs_adam_uphill_and_a_clamp():
 
 @pytest.mark.parametrize(
     "positions, scope, shape",
-    [((4, 5), "position", (2, 4, 5, 6)), ((4, 5), "batch", (2, 1, 1, 6)), ((4,), "position", (2, 4, 6)), ((4,), "batch", (2, 1, 6))],
+    [
+        ((4, 5), "position", (2, 4, 5, 6)),
+        ((4, 5), "batch", (2, 1, 1, 6)),
+        ((4,), "position", (2, 4, 6)),
+        ((4,), "batch", (2, 1, 6)),
+    ],
 )
 def test_scope_gives_the_shape_of_r(positions, scope, shape):
     assert Adversary(positions, 6, generator(), S=2, scope=scope).r.shape == shape
@@ -307,7 +327,9 @@ def test_gradient_by_hand(one_by_one):
     adversary, x, g = Adversary((1,), 2, generator()), torch.tensor([[3.0]]), torch.tensor([[0.5]])
     adversary.r.copy_(torch.tensor([0.5, 0.25]))
     # L = (6 - 3 W')^2 at W' = (0.5 + 0.5 r) + r_Delta = 1: dL/dW' = -6 * 3 = -18; dW'/dr = 0.5, dW'/dr_Delta = 1.
-    grad_r = adversary.gradient(lambda r: losses.adversarial_reconstruction(one_by_one, x, one_by_one(x), g, r, divergence=losses.mse))
+    grad_r = adversary.gradient(
+        lambda r: losses.adversarial_reconstruction(one_by_one, x, one_by_one(x), g, r, divergence=losses.mse)
+    )
     close(grad_r, torch.tensor([[[-9.0, -18.0]]]))
 
 

@@ -51,7 +51,10 @@ def test_gpt_parameter_count(gpt):
 
 @pytest.mark.parametrize(
     "settings, message",
-    [({"n_layer": 0}, "n_layer=0: must be at least 1"), ({"d_model": 12, "n_head": 4}, "d_model=12: .* multiple of 2 [*] n_head=8")],
+    [
+        ({"n_layer": 0}, "n_layer=0: must be at least 1"),
+        ({"d_model": 12, "n_head": 4}, "d_model=12: .* multiple of 2 [*] n_head=8"),
+    ],
 )
 def test_gpt_config_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -141,7 +144,11 @@ def linear():
 
 def einsum_masked(linear, x, m):
     U, V, Delta, bias = linear.U["0"], linear.V["0"], linear.Delta("0"), linear.target[0].bias
-    return torch.einsum("oc,btc,ic,bti->bto", U, m[..., :3], V, x) + torch.einsum("bt,oi,bti->bto", m[..., 3], Delta, x) + bias
+    return (
+        torch.einsum("oc,btc,ic,bti->bto", U, m[..., :3], V, x)
+        + torch.einsum("bt,oi,bti->bto", m[..., 3], Delta, x)
+        + bias
+    )
 
 
 def test_masks_differ_by_position_and_the_bias_stays(linear):
@@ -151,7 +158,9 @@ def test_masks_differ_by_position_and_the_bias_stays(linear):
 
 def test_routing_chooses_per_position(linear):
     x, m, routing = torch.randn(2, 6, 5), rand(2, 6, 4), rand(2, 6, 1, seed=1) < 0.5
-    expected = torch.where(routing, einsum_masked(linear, x, m), F.linear(x, linear.target[0].weight, linear.target[0].bias))
+    expected = torch.where(
+        routing, einsum_masked(linear, x, m), F.linear(x, linear.target[0].weight, linear.target[0].bias)
+    )
     close(linear(x, m, routing), expected)
 
 
@@ -168,7 +177,12 @@ def test_routing_chooses_matrices(decomposition, tokens):
     m, chosen = rand(64), [0, 3, 4, 11]
     routing = torch.zeros(3, 8, 12, dtype=torch.bool)
     routing[..., chosen] = True
-    close(decomposition(tokens, m.expand(3, 8, 64), routing), overwritten(decomposition, m, chosen)(tokens), atol=1e-4, rtol=1e-4)
+    close(
+        decomposition(tokens, m.expand(3, 8, 64), routing),
+        overwritten(decomposition, m, chosen)(tokens),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_toy_without_a_sequence_axis():
@@ -225,7 +239,9 @@ def test_recomputing_activations_gives_equal_gradients(decomposition, tokens, us
     def recomputing(tokens, m):
         return checkpoint(decomposition, tokens, m, use_reentrant=use_reentrant)
 
-    for grad, expected in zip(gradients(decomposition, tokens, recomputing), gradients(decomposition, tokens, decomposition), strict=True):
+    for grad, expected in zip(
+        gradients(decomposition, tokens, recomputing), gradients(decomposition, tokens, decomposition), strict=True
+    ):
         close(grad, expected)
 
 
@@ -250,7 +266,10 @@ def test_masked_forward_is_one_graph(decomposition, tokens):
 @pytest.mark.slow
 def test_compiled_agrees_with_eager():
     compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler) or subprocess.run([compiler, "-xc++", "-", "-o", os.devnull], input=b"int main() {}").returncode:
+    if (
+        not shutil.which(compiler)
+        or subprocess.run([compiler, "-xc++", "-", "-o", os.devnull], input=b"int main() {}").returncode
+    ):
         pytest.skip(f"torch.compile needs a C++ compiler, and {compiler} does not work here")
     torch.manual_seed(0)
     f = Decomposition(nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)), 5)
@@ -280,7 +299,10 @@ def test_target_pass_output_carries_no_gradient(linear):
     "C, expected",
     [
         ({"blocks.1.mlp.*": 9}, {"blocks.1.mlp.up": 9, "blocks.1.mlp.down": 9}),
-        ({"*.down": 2, "*.1.attn.q": 3}, {"blocks.0.mlp.down": 2, "blocks.1.attn.q": 3, "blocks.1.mlp.down": 2}),  # the target's order
+        (
+            {"*.down": 2, "*.1.attn.q": 3},
+            {"blocks.0.mlp.down": 2, "blocks.1.attn.q": 3, "blocks.1.mlp.down": 2},
+        ),  # the target's order
         ({"blocks.0.mlp.up": 5, "*.up": 6}, {"blocks.0.mlp.up": 5, "blocks.1.mlp.up": 6}),  # the first match counts
     ],
 )
@@ -289,7 +311,9 @@ def test_patterns_choose_matrices(gpt, C, expected):
     assert list(decomposition.C.items()) == list(expected.items())
     shapes = {name: (tuple(U.shape), tuple(decomposition.V[name].shape)) for name, U in decomposition.U.items()}
     linear = gpt.get_submodule
-    assert shapes == {name: ((linear(name).out_features, n), (linear(name).in_features, n)) for name, n in expected.items()}
+    assert shapes == {
+        name: ((linear(name).out_features, n), (linear(name).in_features, n)) for name, n in expected.items()
+    }
 
 
 def test_an_int_chooses_every_linear(gpt):
@@ -298,7 +322,10 @@ def test_an_int_chooses_every_linear(gpt):
 
 @pytest.mark.parametrize(
     "C, message",
-    [({"*.q": 3, "*.gate": 4}, "pattern '[*].gate' matches no nn.Linear; there are: blocks.0.attn.q, "), ({"*.q": 0}, "C=0 for '[*].q'")],
+    [
+        ({"*.q": 3, "*.gate": 4}, "pattern '[*].gate' matches no nn.Linear; there are: blocks.0.attn.q, "),
+        ({"*.q": 0}, "C=0 for '[*].q'"),
+    ],
 )
 def test_patterns_refused(gpt, C, message):
     with pytest.raises(ValueError, match=message):

@@ -13,22 +13,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_decompose import config, home  # noqa: F401  a tiny run
 from torch import nn
 
 import cluster
 import data
-import tokenise
 import decompose
 import eval as evaluation
+import tokenise
+from model import rms_norm
 from studies import harvest
 from studies import report as interpret
-from model import rms_norm
-from test_decompose import config, home  # noqa: F401  a tiny run
 from train_target import run_script
 
 T, WINDOWS = 8, 150  # several batches
 C = harvest.CONTEXT
-NASTY = ["</script>", "<img src=x onerror=alert(1)>", "&amp;", "😀", "\x07", "\u202e", "\u200b", "שלום", "self", " self", "\n" + 7 * " ", "{{data}}", "<!--", "'\"\\"]
+NASTY = [
+    "</script>",
+    "<img src=x onerror=alert(1)>",
+    "&amp;",
+    "😀",
+    "\x07",
+    "\u202e",
+    "\u200b",
+    "שלום",
+    "self",
+    " self",
+    "\n" + 7 * " ",
+    "{{data}}",
+    "<!--",
+    "'\"\\",
+]
 
 
 class Gamma(nn.Module):
@@ -36,7 +51,10 @@ class Gamma(nn.Module):
 
     def __init__(self, d_in: int, n: int, constant: float | None = None) -> None:
         super().__init__()
-        self.W, self.constant = nn.Parameter(torch.randn(d_in, n, generator=torch.Generator().manual_seed(3)) / d_in**0.5), constant
+        self.W, self.constant = (
+            nn.Parameter(torch.randn(d_in, n, generator=torch.Generator().manual_seed(3)) / d_in**0.5),
+            constant,
+        )
 
     def forward(self, inputs):
         z = torch.cat([rms_norm(x) for x in inputs], -1) @ self.W - 0.8
@@ -49,7 +67,10 @@ def case(decomposition, tmp_path):
     """A run of random weights on 150 windows of random text, in a vocabulary of unpleasant tokens: Run, Corpus."""
     words = NASTY + [f"w{i}" for i in range(49 - len(NASTY))]
     text = torch.randint(0, 49, (WINDOWS * T,), generator=torch.Generator().manual_seed(4)).numpy().astype(np.uint16)
-    text.reshape(WINDOWS, T)[:, 0], text.reshape(WINDOWS, T)[:, 1] = np.arange(WINDOWS) // 45, np.arange(WINDOWS) % 45  # a window's number
+    text.reshape(WINDOWS, T)[:, 0], text.reshape(WINDOWS, T)[:, 1] = (
+        np.arange(WINDOWS) // 45,
+        np.arange(WINDOWS) % 45,
+    )  # a window's number
     corpus = data.Corpus("nasty", {"train": text, "val": text}, tokenise.bpe_encoding([w.encode() for w in words]), "")
     gamma = Gamma(sum(V.shape[0] for V in decomposition.V.values()), sum(decomposition.C.values()))
     settings = decompose.Config(T=T, eval_windows=20, out="nasty")
@@ -75,7 +96,15 @@ def slow(case):
         tokens += x[0].tolist()
         predicted += output[0].argmax(-1).tolist()
         g.append(run.ci_fn(inputs)[0].clamp(0, 1)[:, live].detach())
-        a.append(torch.stack([D.U[name][:, c].norm() * (inputs[D.names.index(name)][0] @ D.V[name][:, c]) for name, c in (owner[i] for i in live)], -1).detach())
+        a.append(
+            torch.stack(
+                [
+                    D.U[name][:, c].norm() * (inputs[D.names.index(name)][0] @ D.V[name][:, c])
+                    for name, c in (owner[i] for i in live)
+                ],
+                -1,
+            ).detach()
+        )
     return np.array(tokens), np.array(predicted), torch.cat(g).numpy(), torch.cat(a).numpy(), live
 
 
@@ -103,7 +132,9 @@ def test_harvest_against_all_tokens_at_once(case, slow, monkeypatch):
         assert h.histogram_g[c].sum() == fires[:, c].sum() and abs(h.histogram_g[c] - expected).sum() <= 2
         for found, of in ((h.input, tokens), (h.predicted, predicted)):
             assert (found[[c]].toarray()[0] == np.bincount(of[fires[:, c]], minlength=50)).all()
-    assert (h.input_total == np.bincount(tokens, minlength=50)).all() and (h.predicted_total == np.bincount(predicted, minlength=50)).all()
+    assert (h.input_total == np.bincount(tokens, minlength=50)).all() and (
+        h.predicted_total == np.bincount(predicted, minlength=50)
+    ).all()
 
 
 def test_top_examples_are_the_best_of_every_window(case, slow):
@@ -118,7 +149,10 @@ def test_top_examples_are_the_best_of_every_window(case, slow):
             around = slice(C - t, C - t + T)  # where the window lies within the example: all of it, as it is short
             first, second = h.top.tokens[c, j, around][:2].tolist()
             window = first * 45 + second  # equal scores may come in any order
-            assert best[window] == pytest.approx(float(h.top.priority[c, j]), rel=1e-5) and t == score[window, :, c].argmax()
+            assert (
+                best[window] == pytest.approx(float(h.top.priority[c, j]), rel=1e-5)
+                and t == score[window, :, c].argmax()
+            )
             seen.add(window)
             for kept, expected in ((h.top.tokens, tokens), (h.top.g, g[:, c]), (h.top.a, a[:, c])):
                 assert np.allclose(kept[c, j, around], expected.reshape(WINDOWS, T)[window], rtol=1e-4, atol=1e-5)
@@ -176,7 +210,11 @@ def test_recall_and_pmi_against_their_definitions(case, slow):
                 of_token = {row["token"]: row for row in rows}
                 for i in np.flatnonzero(kept):
                     row = of_token[table["token"][c, i]]
-                    assert table["count"][c, i] == row["count"] and table["recall"][c, i] == pytest.approx(row["recall"]) and table["pmi"][c, i] == pytest.approx(row["pmi"])
+                    assert (
+                        table["count"][c, i] == row["count"]
+                        and table["recall"][c, i] == pytest.approx(row["recall"])
+                        and table["pmi"][c, i] == pytest.approx(row["pmi"])
+                    )
 
 
 def test_coactive_by_hand_and_by_brute_force(case, slow):
@@ -193,7 +231,11 @@ def test_coactive_by_hand_and_by_brute_force(case, slow):
     on = g > 0
     for c, l in itertools.product(range(len(live)), range(L)):
         found = {int(i): o for i, o in zip(place[c, l], overlap[c, l]) if i >= 0}
-        expected = {i: (on[:, c] & on[:, i]).sum() / (on[:, c] | on[:, i]).sum() for i in np.flatnonzero(matrix == l) if i != c and (on[:, c] & on[:, i]).any()}
+        expected = {
+            i: (on[:, c] & on[:, i]).sum() / (on[:, c] | on[:, i]).sum()
+            for i in np.flatnonzero(matrix == l)
+            if i != c and (on[:, c] & on[:, i]).any()
+        }
         assert found == pytest.approx(expected)
 
 
@@ -242,7 +284,10 @@ def test_prompt_masks_are_those_of_the_evaluation(case):
     rounded = D(x, torch.cat(((g > 0).float(), torch.zeros(1, 6, D.L)), -1)).softmax(-1)[0]
     assert look["token"].shape == look["p"].shape == (6, 4, 5) and (look["kl"][:, 0] < 1e-6).all()
     assert np.allclose(look["p"][:, 0], output.softmax(-1)[0].topk(5).values.detach(), atol=1e-5)
-    assert np.allclose(look["p"][:, 1], rounded.topk(5).values.detach(), atol=1e-5) and (look["token"][:, 1, 0] == rounded.argmax(-1).numpy()).all()
+    assert (
+        np.allclose(look["p"][:, 1], rounded.topk(5).values.detach(), atol=1e-5)
+        and (look["token"][:, 1, 0] == rounded.argmax(-1).numpy()).all()
+    )
     kl = (output.softmax(-1)[0] * (output.log_softmax(-1)[0] - rounded.log())).sum(-1)
     assert np.allclose(look["kl"][:, 1], kl.detach(), atol=1e-4)
     assert look["kl"][:, 3].mean() > look["kl"][:, 2].mean(), "masks that were searched for cost more than random ones"
@@ -271,13 +316,23 @@ def test_page_holds_the_harvest(case, slow, capsys):
     path = interpret.report(run, corpus, settings())
     assert f"open {path}" in capsys.readouterr().out and path == run.folder / "report.html"
     html = path.read_text()
-    assert html.count("</script>") == 2 and "://" not in html.replace("http://www.w3.org/2000/svg", ""), "no address but the name of SVG"
+    assert html.count("</script>") == 2 and "://" not in html.replace("http://www.w3.org/2000/svg", ""), (
+        "no address but the name of SVG"
+    )
     page, arrays = unpack(path)
     assert page["N"] == len(tokens) and (arrays["live"] == live).all() and (arrays["fires"] == (g > 0).sum(0)).all()
-    assert np.allclose(arrays["mean_g"], g.mean(0), rtol=1e-3) and np.allclose(arrays["largest_a"], abs(a).max(0), rtol=1e-3)
+    assert np.allclose(arrays["mean_g"], g.mean(0), rtol=1e-3) and np.allclose(
+        arrays["largest_a"], abs(a).max(0), rtol=1e-3
+    )
     assert [m["live"] for m in page["matrices"]] == [len(c) for c in harvest.columns_of(live, run.decomposition.C)]
-    assert sum(m["l0"] for m in page["matrices"]) == pytest.approx(evaluation.mean_importances(run, corpus, evaluation.Config("", windows=20))[1].sum().item())
-    assert page["tokens"][:8] == ["</script>", "<img src=x onerror=alert(1)>", "&amp;", "😀", "␇", "⟨202E⟩", "⟨200B⟩", "שלום"] and page["tokens"][10] == "⏎       "
+    assert sum(m["l0"] for m in page["matrices"]) == pytest.approx(
+        evaluation.mean_importances(run, corpus, evaluation.Config("", windows=20))[1].sum().item()
+    )
+    assert (
+        page["tokens"][:8]
+        == ["</script>", "<img src=x onerror=alert(1)>", "&amp;", "😀", "␇", "⟨202E⟩", "⟨200B⟩", "שלום"]
+        and page["tokens"][10] == "⏎       "
+    )
     kept = arrays["random_g"].reshape(len(live), 10, -1)[:, 0, C]
     assert (kept > 0).all(), "what fires is never rounded to 0"
     assert len(page["prompts"]) == 2 and arrays["prompt_n"].sum() == len(arrays["prompt_c"]) == len(arrays["prompt_g"])
@@ -295,10 +350,14 @@ def test_labels_go_out_and_come_back(case):
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 51 and all(row["label"] == "" for row in rows)
     first = rows[0]
-    assert first["name"] == "0.attn.q:1" and first["matrix"] == "blocks.0.attn.q" and 0 < first["density"] < 1, "number 0 is dead"
+    assert first["name"] == "0.attn.q:1" and first["matrix"] == "blocks.0.attn.q" and 0 < first["density"] < 1, (
+        "number 0 is dead"
+    )
     assert all("«" in text for row in rows for text in row["top"] + row["random"])
     assert {"input_by_recall", "input_by_pmi", "predicted_by_recall", "predicted_by_pmi"} <= set(first)
-    assert [("promotes" in row) for row in rows] == [row["name"].split(":")[0].endswith((".o", ".down")) for row in rows]
+    assert [("promotes" in row) for row in rows] == [
+        row["name"].split(":")[0].endswith((".o", ".down")) for row in rows
+    ]
 
     rows[3]["label"] = "a name </script> &"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -356,11 +415,27 @@ def test_bad_input_ends_in_one_line(in_home, args, message, monkeypatch, capsys)
 
 
 def test_command_with_two_prompts_and_a_folder(in_home, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["interpret.py", "looked", "--tokens=200", "--prompt=x = (", "--prompt=self", "--val_prompts=1", "--out=seen/here"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "interpret.py",
+            "looked",
+            "--tokens=200",
+            "--prompt=x = (",
+            "--prompt=self",
+            "--val_prompts=1",
+            "--out=seen/here",
+        ],
+    )
     run_script(interpret.main, interpret.Config, interpret.__doc__)
     page, arrays = unpack(in_home / "seen/here/report.html")
     assert "open seen/here/report.html" in capsys.readouterr().out
-    assert [prompt["own"] for prompt in page["prompts"]] == [True, True, False] and page["metrics"] is None and page["N"] == 208
+    assert (
+        [prompt["own"] for prompt in page["prompts"]] == [True, True, False]
+        and page["metrics"] is None
+        and page["N"] == 208
+    )
     assert "".join(page["tokens"][t] for t in page["prompts"][0]["tokens"]) == "x = ("
 
 
@@ -370,7 +445,9 @@ def test_a_run_is_opened_with_the_tokens_it_was_made_of(in_home, monkeypatch):
     (in_home / "limited").mkdir()
     torch.save(checkpoint, in_home / "limited/checkpoint.pt")
     asked, load = [], data.load
-    monkeypatch.setattr(data, "load", lambda dataset, folder, max_tokens=0: asked.append(max_tokens) or load(dataset, folder))
+    monkeypatch.setattr(
+        data, "load", lambda dataset, folder, max_tokens=0: asked.append(max_tokens) or load(dataset, folder)
+    )
     cluster.open_run("limited", "", "cpu")
     assert asked == [1234]
 
@@ -391,14 +468,25 @@ def test_decompose_ends_with_the_report(in_home, capsys):
 @pytest.fixture
 def browser(tmp_path):
     """A headless Chromium that logs its console and every request; skipped where there is none."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -r requirements.txt")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="selenium is not installed: pip install -r requirements.txt"
+    )
     binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver = shutil.which("chromedriver")
     if not (binary and driver):
         pytest.skip("no Chromium with its driver here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"):
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+    ):
         options.add_argument("--" + flag)
     options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
     options.add_argument("--window-size=1200,900")
@@ -443,8 +531,12 @@ class Reader:
         """No message in the console, no request but for the file, no markup out of a token."""
         assert self.chrome.get_log("browser") == []
         messages = [json.loads(entry["message"])["message"] for entry in self.chrome.get_log("performance")]
-        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]  # some by the browser's own start page
-        assert {r["request"]["url"].partition("#")[0] for r in sent if not r["documentURL"].startswith("chrome")} == {self.url}
+        sent = [
+            m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"
+        ]  # some by the browser's own start page
+        assert {r["request"]["url"].partition("#")[0] for r in sent if not r["documentURL"].startswith("chrome")} == {
+            self.url
+        }
         assert self.js("performance.getEntriesByType('resource').length") == 0
         assert self.js("document.querySelectorAll('img, iframe, link, main script').length") == 0
 
@@ -508,9 +600,18 @@ def test_unpleasant_tokens_are_shown_letter_by_letter(reader, case):
         page.opened(name)
         tokens = page.js("[...document.querySelectorAll('.text span')].map(span => span.textContent)")
         assert set(tokens) <= {*shown, *(f"w{i}" for i in range(49))}
-        assert page.js("[...document.querySelectorAll('.text span')].every(span => getComputedStyle(span).unicodeBidi === 'isolate' && !span.children.length)")
+        assert page.js(
+            "[...document.querySelectorAll('.text span')].every(span => getComputedStyle(span).unicodeBidi === 'isolate' && !span.children.length)"
+        )
         seen = set(tokens) if name == names[0] else seen | set(tokens)
-    assert set(shown) <= seen and "</script>" in seen and "שלום" in seen and "␇" in seen and "⟨202E⟩" in seen and "😀" in seen
+    assert (
+        set(shown) <= seen
+        and "</script>" in seen
+        and "שלום" in seen
+        and "␇" in seen
+        and "⟨202E⟩" in seen
+        and "😀" in seen
+    )
     page.quiet()
 
 
@@ -526,7 +627,9 @@ def test_both_numbers_of_a_token_under_the_pointer(reader, case, slow):
     page.wait("!document.getElementById('tip').hidden")
     said = page.find("#tip").text.replace("−", "-").split()
     assert said[0] == "g" and float(said[1]) == pytest.approx(float(g[best, 0]), abs=0.006)
-    assert said[3] == "activation" and float(said[4]) == pytest.approx(float(a[best, 0]), abs=0.005 + float(abs(a[:, 0]).max()) / 127)
+    assert said[3] == "activation" and float(said[4]) == pytest.approx(
+        float(a[best, 0]), abs=0.005 + float(abs(a[:, 0]).max()) / 127
+    )
     assert page.find(".example").get_attribute("aria-label").startswith("g ")
 
 
@@ -546,9 +649,13 @@ def test_prompts_and_narrow_and_dark(reader):
     page.opened("Prompts")
     assert page.js("location.hash") == "#prompt:0@6"
     light = page.js("getComputedStyle(document.body).backgroundColor")
-    page.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    page.chrome.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
     assert page.js("getComputedStyle(document.body).backgroundColor") != light
-    page.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True})
+    page.chrome.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    )
     for view in ("", "list", "prompt:0", chip[1:]):
         page.chrome.execute_script(f"location.hash = {json.dumps(view)}")
         page.wait(f"shownHash === {json.dumps(view)}")

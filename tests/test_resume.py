@@ -60,7 +60,9 @@ print(killed, os.waitstatus_to_exitcode(status))
 def kill_ten_times(home: Path, script: str, folder: str, rows: int, *begin: str) -> None:
     """Ten moments: three before the first logged step, seven spread over `rows` lines of the log."""
     rng = random.Random(script)
-    moments = [(0, rng.uniform(0, 0.4)) for _ in range(3)] + [(1 + int(rows * (i + rng.random()) / 7), rng.uniform(0, 0.02)) for i in range(7)]
+    moments = [(0, rng.uniform(0, 0.4)) for _ in range(3)] + [
+        (1 + int(rows * (i + rng.random()) / 7), rng.uniform(0, 0.02)) for i in range(7)
+    ]
     command = [sys.executable, "-c", KILLER, script, folder, json.dumps(moments), *begin]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(decompose.__file__).parent)}
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, env=env)
@@ -72,7 +74,9 @@ def test_decompose_killed_ten_times_ends_in_the_same_bits(home):
     """Every step is saved, so about half of the kills fall into a save."""
     settings = TINY | dict(steps=60, save_every=1)
     decompose.main(config(out="unharmed", **dict(steps=60, save_every=1)))
-    kill_ten_times(home, "decompose", "killed", 50, "--dataset=text", "--target=target", "--out=killed", *flags(settings))
+    kill_ten_times(
+        home, "decompose", "killed", 50, "--dataset=text", "--target=target", "--out=killed", *flags(settings)
+    )
     once, often = (torch.load(home / run / "checkpoint.pt", weights_only=True)["vpd"] for run in ("unharmed", "killed"))
     assert len(tensors(once)) == len(tensors(often)) > 50
     assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(often)))
@@ -87,8 +91,12 @@ def test_decompose_killed_ten_times_ends_in_the_same_bits(home):
 def test_train_target_killed_ten_times_ends_in_the_same_bits(home):
     settings = TINY_TARGET | dict(steps=150, val_every=1, save_every=1)
     train_target.main(train_target.Config(dataset="text", out="unharmed-target", **settings))
-    kill_ten_times(home, "train_target", "killed-target", 130, "--dataset=text", "--out=killed-target", *flags(settings))
-    once, often = (torch.load(home / run / "checkpoint.pt", weights_only=True) for run in ("unharmed-target", "killed-target"))
+    kill_ten_times(
+        home, "train_target", "killed-target", 130, "--dataset=text", "--out=killed-target", *flags(settings)
+    )
+    once, often = (
+        torch.load(home / run / "checkpoint.pt", weights_only=True) for run in ("unharmed-target", "killed-target")
+    )
     assert all(torch.equal(once["model"][name], often["model"][name]) for name in once["model"])
     assert once["curve"] == often["curve"] and len(once["curve"]) == 150
     assert (home / "unharmed-target/sample.txt").read_text() == (home / "killed-target/sample.txt").read_text()
@@ -127,7 +135,20 @@ def half(home):
     return "half"
 
 
-CHANGES = dict(lr=0.1, B=4, T=8, beta_imp=1.0, seed=3, C="*=5", d_ci=32, dataset="elsewhere", target="elsewhere", adv_scope="batch", faith_steps=4, shard=True)
+CHANGES = dict(
+    lr=0.1,
+    B=4,
+    T=8,
+    beta_imp=1.0,
+    seed=3,
+    C="*=5",
+    d_ci=32,
+    dataset="elsewhere",
+    target="elsewhere",
+    adv_scope="batch",
+    faith_steps=4,
+    shard=True,
+)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -141,7 +162,13 @@ def test_steps_and_logging_may_change(home, half, capsys):
     assert "resume: 6 steps, not 4: from step 4 on all schedules" in capsys.readouterr().out
     checkpoint = torch.load(home / "half/checkpoint.pt", weights_only=True)
     assert checkpoint["vpd"]["step"] == checkpoint["config"]["steps"] == 6
-    assert [json.loads(line)["step"] for line in (home / "half/metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3, 5]
+    assert [json.loads(line)["step"] for line in (home / "half/metrics.jsonl").read_text().splitlines()] == [
+        0,
+        1,
+        2,
+        3,
+        5,
+    ]
 
 
 def test_other_tokens_are_refused(home, half, monkeypatch):
@@ -153,7 +180,9 @@ def test_other_tokens_are_refused(home, half, monkeypatch):
 def test_an_unfinished_target_is_finished_by_decompose(home, monkeypatch):
     """The target that decompose.py trains by itself stopped half way: the same command goes on with it."""
     tiny = [(name, type(value), value) for name, value in (TINY_TARGET | dict(dataset="text", save_every=5)).items()]
-    monkeypatch.setattr(train_target, "Config", dataclasses.make_dataclass("Config", tiny, bases=(train_target.Config,), frozen=True))
+    monkeypatch.setattr(
+        train_target, "Config", dataclasses.make_dataclass("Config", tiny, bases=(train_target.Config,), frozen=True)
+    )
 
     def power_cut(folder, row):
         if row["step"] > 8:

@@ -12,10 +12,20 @@ import torch
 
 import losses
 import toys.__main__ as toy
-from toys import targets as toy_targets
 from ci_fn import CIMLPs, CISharedMLP
 from model import Decomposition
-from toys.__main__ import Config, column_match, dense_error, identity_error, matrix_cosine, n_live, n_shared, permute_identity, preset
+from toys import targets as toy_targets
+from toys.__main__ import (
+    Config,
+    column_match,
+    dense_error,
+    identity_error,
+    matrix_cosine,
+    n_live,
+    n_shared,
+    permute_identity,
+    preset,
+)
 from toys.targets import TMS, TOYS, InductionHead, PingPong, ResidMLP
 
 ROOT = Path(toy.__file__).parent.parent
@@ -155,7 +165,9 @@ def test_the_canonical_pieces_are_the_target(kind):
         if kind != "resid":  # its later layers read what mlp_out wrote outside of the features' span
             torch.testing.assert_close(decomposition(x, unmasked), target(x), atol=1e-5, rtol=0)
     pieces = target.canonical()
-    assert {name: U.shape[1] for name, (U, V) in pieces.items()} == {name: n for name, (_, n) in target.importance.items()}
+    assert {name: U.shape[1] for name, (U, V) in pieces.items()} == {
+        name: n for name, (_, n) in target.importance.items()
+    }
 
 
 def test_ping_pong_circuits_are_independent():
@@ -175,7 +187,9 @@ def test_the_canonical_band_of_tms():
     x = target.batch(20_000, torch.Generator().manual_seed(0))
     decomposition, g = toy.canonical_decomposition(target, x)
     assert toy.stochastic_mse(decomposition, x, g, torch.Generator().manual_seed(1)) == pytest.approx(2.7e-4, rel=0.25)
-    assert toy.stochastic_mse(decomposition, x, torch.zeros_like(g), torch.Generator().manual_seed(1)) == pytest.approx(1.2e-2, rel=0.25)
+    assert toy.stochastic_mse(decomposition, x, torch.zeros_like(g), torch.Generator().manual_seed(1)) == pytest.approx(
+        1.2e-2, rel=0.25
+    )
     with torch.no_grad():
         assert target.loss(x).item() == pytest.approx(0.00178, rel=0.1)
         assert target.linear1.weight.norm(dim=0) == pytest.approx(torch.full((5,), 1.13), abs=0.02)
@@ -189,10 +203,15 @@ def known(target, wrong=lambda g: g):
     def ci_fn(inputs):
         x = inputs[0]
         active = target.active(x).float()
-        g = [active if target.importance[name][0] == "identity" else active.amax(-1, keepdim=True).expand(-1, C) for name, C in decomposition.C.items()]
+        g = [
+            active if target.importance[name][0] == "identity" else active.amax(-1, keepdim=True).expand(-1, C)
+            for name, C in decomposition.C.items()
+        ]
         return wrong(torch.cat(g, -1))
 
-    return SimpleNamespace(decomposition=decomposition, ci_fn=ci_fn, config=SimpleNamespace(leak=0.01), device=torch.device("cpu"))
+    return SimpleNamespace(
+        decomposition=decomposition, ci_fn=ci_fn, config=SimpleNamespace(leak=0.01), device=torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize("name", ["tms_5-2", "tms_5-2-id", "ping_pong"])
@@ -202,7 +221,9 @@ def test_the_known_answer_passes_every_check_and_a_wrong_one_fails(name):
     assert {c.name for c in checks if c.ok is False} == set(), toy.table(name, checks)
     assert sum(c.ok is True for c in checks) == {"tms_5-2": 14, "tms_5-2-id": 17, "ping_pong": 7}[name]
     always_on = toy.feature_checks(known(target, wrong=torch.ones_like), seed=0)
-    seen = {"permuted-CI error", "serve several", "L0 on data"} | ({"MSE stochastic"} if name != "ping_pong" else set())  # its known MSE is 0 too
+    seen = {"permuted-CI error", "serve several", "L0 on data"} | (
+        {"MSE stochastic"} if name != "ping_pong" else set()
+    )  # its known MSE is 0 too
     assert seen <= {c.name for c in always_on if c.ok is False}
     dead = toy.feature_checks(known(target, wrong=torch.zeros_like), seed=0)
     assert {"permuted-CI error", "live", "L0 on data"} <= {c.name for c in dead if c.ok is False}
@@ -211,7 +232,13 @@ def test_the_known_answer_passes_every_check_and_a_wrong_one_fails(name):
 def test_the_best_restart_has_a_finite_loss():
     target = TMS(5, 2, identity=False)
     with pytest.raises(ValueError, match="try a smaller lr"):
-        toy.decompose(toy.dataclasses.replace(preset("tms_5-2", "vpd"), steps=1, faith_steps=0, lr=1e38, B=4, beta_imp=float("inf")), target, torch.device("cpu"))
+        toy.decompose(
+            toy.dataclasses.replace(
+                preset("tms_5-2", "vpd"), steps=1, faith_steps=0, lr=1e38, B=4, beta_imp=float("inf")
+            ),
+            target,
+            torch.device("cpu"),
+        )
 
 
 def test_known_clusterings():
@@ -310,7 +337,12 @@ def test_contradictions_are_refused_with_both_names():
 ])  # fmt: skip
 def test_bad_flags_end_with_one_line(flags, said, tmp_path):
     run = subprocess.run([sys.executable, "-m", "toys", *flags], capture_output=True, text=True, cwd=tmp_path, env=ENV)
-    assert run.returncode != 0 and said in run.stderr and run.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in run.stderr
+    assert (
+        run.returncode != 0
+        and said in run.stderr
+        and run.stderr.strip().splitlines()[-1].startswith("error: ")
+        and "Traceback" not in run.stderr
+    )
     assert not list(tmp_path.glob("out/*/checkpoint.pt"))
 
 
@@ -343,7 +375,9 @@ def test_the_induction_table():
 @pytest.mark.slow
 def test_tms_5_2_end_to_end(tmp_path):
     """The command of the README recovers the mechanisms exactly."""
-    run = subprocess.run([sys.executable, "-m", "toys", "tms_5-2", "--device=cpu"], capture_output=True, text=True, cwd=tmp_path, env=ENV)
+    run = subprocess.run(
+        [sys.executable, "-m", "toys", "tms_5-2", "--device=cpu"], capture_output=True, text=True, cwd=tmp_path, env=ENV
+    )
     assert run.returncode == 0, run.stderr
     folder = tmp_path / "out" / "toy-tms_5-2-vpd-0"
     checks = {(c["name"], c["matrix"]): c for c in json.loads((folder / "metrics.json").read_text())["checks"]}
@@ -356,4 +390,8 @@ def test_tms_5_2_end_to_end(tmp_path):
         assert 0.15 <= checks["L0 on data", matrix]["value"] <= 0.28
     assert 1e-4 <= checks["MSE stochastic", ""]["value"] <= 1e-3
     assert all(c["ok"] is not False for c in checks.values())
-    assert (folder / "toy.png").stat().st_size > 10_000 and (folder / "checkpoint.pt").exists() and "14 of 14 checks pass" in run.stdout
+    assert (
+        (folder / "toy.png").stat().st_size > 10_000
+        and (folder / "checkpoint.pt").exists()
+        and "14 of 14 checks pass" in run.stdout
+    )

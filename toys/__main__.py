@@ -40,8 +40,8 @@ from cluster import cluster
 from decompose import VPD, Method, free_folder, require
 from eval import adversarial_sources, save_figure
 from model import Decomposition
-from toys.targets import TOYS, InductionHead, Pieces, train
 from run import progress_bar, run_script, save, write_config, written
+from toys.targets import TOYS, InductionHead, Pieces, train
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Settings
@@ -71,11 +71,32 @@ VPD_PRESETS = {
     # It starts with Delta = W and small subcomponents, each important on a few inputs of its own, that grow where they are wanted: the
     # faithfulness warm-up would write into all of them what the circuits have in common.
     "ping_pong": dict(
-        C=800, B=64, steps=5000, lr=3e-3, faith_steps=0, U_scale=0.1, leak=1e-3, beta_adv=0.5, beta_imp=1e-5, beta_freq=1e-3,
-        hidden=1024, ci_spread=100.0, ci_bias=-30.0,
+        C=800,
+        B=64,
+        steps=5000,
+        lr=3e-3,
+        faith_steps=0,
+        U_scale=0.1,
+        leak=1e-3,
+        beta_adv=0.5,
+        beta_imp=1e-5,
+        beta_freq=1e-3,
+        hidden=1024,
+        ci_spread=100.0,
+        ci_bias=-30.0,
     ),
     "induction": dict(
-        C=32, B=32, steps=5000, lr=3e-3, beta_adv=0.5, beta_imp=5e-3, beta_freq=5e-4, p_end=0.5, beta_delta=1e3, ci="transformer", hidden=64,
+        C=32,
+        B=32,
+        steps=5000,
+        lr=3e-3,
+        beta_adv=0.5,
+        beta_imp=5e-3,
+        beta_freq=5e-4,
+        p_end=0.5,
+        beta_delta=1e3,
+        ci="transformer",
+        hidden=64,
     ),
 }
 # The predecessor with its authors' importance coefficient, p, C and learning rate. It differs from theirs in having one stochastic
@@ -100,10 +121,14 @@ SPD_PRESETS = {
 
 @dataclass(frozen=True)
 class Config(Method):
-    toy: tyro.conf.Positional[str] = "tms_5-2"  # tms_5-2, tms_5-2-id, tms_40-10, tms_40-10-id, resid_mlp1, resid_mlp2, resid_mlp3, ping_pong or induction
+    toy: tyro.conf.Positional[str] = (
+        "tms_5-2"  # tms_5-2, tms_5-2-id, tms_40-10, tms_40-10-id, resid_mlp1, resid_mlp2, resid_mlp3, ping_pong or induction
+    )
     method: Literal["vpd", "spd"] = "vpd"  # spd: no adversary, no frequency term, an MLP for each subcomponent
     C: int = 20  # subcomponents of each matrix
-    ci: Literal["shared", "mlp", "transformer"] = "shared"  # Gamma: one MLP over all layers, an MLP for each subcomponent, or as for language
+    ci: Literal["shared", "mlp", "transformer"] = (
+        "shared"  # Gamma: one MLP over all layers, an MLP for each subcomponent, or as for language
+    )
     hidden: int = 128  # width of Gamma's hidden layer or of its residual stream
     restarts: int = 1  # decompositions to make; the one of least loss is kept
     U_scale: float = 1.0  # on the initial U
@@ -125,9 +150,13 @@ class Config(Method):
             raise ValueError(f"unknown toy {self.toy!r}: there are {', '.join(TOYS)}")
         for beta in ("beta_adv", "beta_freq"):
             if self.method == "spd" and getattr(self, beta):
-                raise ValueError(f"method=spd contradicts {beta}={getattr(self, beta)}: SPD has neither an adversary nor a frequency term")
+                raise ValueError(
+                    f"method=spd contradicts {beta}={getattr(self, beta)}: SPD has neither an adversary nor a frequency term"
+                )
         if self.ci != "shared" and (self.ci_spread, self.ci_bias) != (1.0, 0.0):
-            raise ValueError(f"ci={self.ci} contradicts ci_spread={self.ci_spread} or ci_bias={self.ci_bias}: they are for the shared Gamma")
+            raise ValueError(
+                f"ci={self.ci} contradicts ci_spread={self.ci_spread} or ci_bias={self.ci_bias}: they are for the shared Gamma"
+            )
         if self.ci == "transformer" and self.toy != "induction":
             raise ValueError(f"ci=transformer contradicts toy={self.toy}: its inputs have no sequence axis")
 
@@ -243,7 +272,10 @@ def canonical_decomposition(target: nn.Module, x: Tensor) -> tuple[Decomposition
     for name, (U, V) in pieces.items():
         decomposition.U[name].data, decomposition.V[name].data = U.detach().clone(), V.detach().clone()
     any_active = active.amax(-1, keepdim=True)
-    g = [active if target.importance[name][0] == "identity" else any_active.expand(-1, C) for name, C in decomposition.C.items()]
+    g = [
+        active if target.importance[name][0] == "identity" else any_active.expand(-1, C)
+        for name, C in decomposition.C.items()
+    ]
     return decomposition, torch.cat(g, -1)
 
 
@@ -255,7 +287,9 @@ def feature_checks(vpd: VPD, seed: int, rows: int = 8192) -> list[Check]:
     g, g_probes = importances(vpd, x), importances(vpd, target.probes().to(vpd.device))
     pieces = target.canonical()
     checks = []
-    for name, g_data, g_probe in zip(decomposition.names, by_matrix(decomposition, g), by_matrix(decomposition, g_probes)):
+    for name, g_data, g_probe in zip(
+        decomposition.names, by_matrix(decomposition, g), by_matrix(decomposition, g_probes)
+    ):
         kind, n = target.importance[name]
         U, V = decomposition.U[name].detach(), decomposition.V[name].detach()
         any_on = target.active(x).any(-1).float().mean().item()
@@ -264,10 +298,16 @@ def feature_checks(vpd: VPD, seed: int, rows: int = 8192) -> list[Check]:
                 live = (g_probe > 0.1).any(0)
                 mmcs, ml2r = column_match(U[:, live], V[:, live], decomposition.W(name))
                 checks.append(within("MMCS of columns", name, mmcs, 0.999, 1.001))
-                centre, width = (0.99, 0.03) if n < 40 else (1.03 if "hidden" in target.importance else 1.01, 0.05)  # SPD's, published
+                centre, width = (
+                    (0.99, 0.03) if n < 40 else (1.03 if "hidden" in target.importance else 1.01, 0.05)
+                )  # SPD's, published
                 checks.append(within("ML2R of columns", name, ml2r, centre - width, centre + width))
             if name in ("linear1", "circuits"):
-                checks.append(within("whole-matrix cosine", name, matrix_cosine(U, V, pieces[name]), 0.99 if n < 40 else 0.98, 1.001))
+                checks.append(
+                    within(
+                        "whole-matrix cosine", name, matrix_cosine(U, V, pieces[name]), 0.99 if n < 40 else 0.98, 1.001
+                    )
+                )
             elif name == "linear2":
                 checks.append(Check("whole-matrix cosine", name, matrix_cosine(U, V, pieces[name])))
             checks.append(within("permuted-CI error", name, identity_error(g_probe), 0, 0))
@@ -279,7 +319,9 @@ def feature_checks(vpd: VPD, seed: int, rows: int = 8192) -> list[Check]:
         else:
             checks.append(within("permuted-CI error, dense", name, dense_error(g_probe, n), 0, 0))
             checks.append(Check("permuted-CI, as published", name, dense_error(g_probe, n, share=0)))
-            checks.append(Check("L0 on data", name, (g_data > 0.1).sum(-1).float().mean().item(), f"at most {n * any_on:.3g}"))
+            checks.append(
+                Check("L0 on data", name, (g_data > 0.1).sum(-1).float().mean().item(), f"at most {n * any_on:.3g}")
+            )
         checks.append(within("live", name, n_live(g_probe), n, n))
         relative = (decomposition.Delta(name).norm() / decomposition.W(name).norm()).item()
         checks.append(within("|Delta| / |W|", name, relative, 0, 0.02))
@@ -292,7 +334,10 @@ def feature_checks(vpd: VPD, seed: int, rows: int = 8192) -> list[Check]:
     r = adversarial_sources(decomposition, x, target_output, g, 20, generator, losses.mse)
     with torch.no_grad():
         adversarial = losses.reconstruction(decomposition, x, target_output, g, r, divergence=losses.mse).item()
-        unmasked = losses.mse(target_output, decomposition(x, torch.cat((torch.ones_like(g), torch.zeros_like(g[:, : decomposition.L])), -1))).item()
+        unmasked = losses.mse(
+            target_output,
+            decomposition(x, torch.cat((torch.ones_like(g), torch.zeros_like(g[:, : decomposition.L])), -1)),
+        ).item()
     checks.append(Check("MSE adversarial, 20 steps", "", adversarial))
     checks.append(Check("MSE unmasked, without Delta", "", unmasked))
     return checks
@@ -310,8 +355,15 @@ def known_clusterings(vpd: VPD, seed: int, rows: int = 20_000) -> list[float]:
     decomposition, target = vpd.decomposition, vpd.decomposition.target
     X = importances(vpd, target.batch(rows, torch.Generator(vpd.device).manual_seed(seed + 3_000_000))) > 0.1
     g_probes = importances(vpd, target.probes().to(vpd.device))
-    belongs = [g.argmax(0) if target.importance[name][0] == "identity" else torch.full((g.shape[1],), -1) for name, g in zip(decomposition.names, by_matrix(decomposition, g_probes))]
-    wrong = [identity_error(g) for name, g in zip(decomposition.names, by_matrix(decomposition, g_probes)) if target.importance[name][0] == "identity"]
+    belongs = [
+        g.argmax(0) if target.importance[name][0] == "identity" else torch.full((g.shape[1],), -1)
+        for name, g in zip(decomposition.names, by_matrix(decomposition, g_probes))
+    ]
+    wrong = [
+        identity_error(g)
+        for name, g in zip(decomposition.names, by_matrix(decomposition, g_probes))
+        if target.importance[name][0] == "identity"
+    ]
     if any(wrong) or decomposition.L == 1:
         return []
     live = (g_probes > 0.1).any(0) & X.any(0)  # what the probes call for: by chance others fire once in 20,000 inputs
@@ -349,7 +401,9 @@ def induction_ablations(vpd: VPD, seed: int, rows: int = 512) -> dict[str, tuple
     x = target.batch(rows, generator)
     b, first, m = torch.arange(rows, device=vpd.device), target.first(x), target.memory(x)
     patterns: list[Tensor] = []
-    hooks = [layer.pattern.register_forward_hook(lambda module, args, out: patterns.append(out)) for layer in target.layers]
+    hooks = [
+        layer.pattern.register_forward_hook(lambda module, args, out: patterns.append(out)) for layer in target.layers
+    ]
 
     @torch.no_grad()
     def measure(masks: Tensor | None) -> tuple[float, float, float]:
@@ -380,10 +434,15 @@ def induction_ablations(vpd: VPD, seed: int, rows: int = 512) -> dict[str, tuple
     return found
 
 
-def induction_checks(vpd: VPD, seed: int, ablations: dict[str, tuple[float, float, float]], rows: int = 2048) -> list[Check]:
+def induction_checks(
+    vpd: VPD, seed: int, ablations: dict[str, tuple[float, float, float]], rows: int = 2048
+) -> list[Check]:
     decomposition = vpd.decomposition
     x = decomposition.target.batch(rows, torch.Generator(vpd.device).manual_seed(seed + 2_000_000))
-    checks = [within("accuracy", "", ablations["target"][0], 0.99, 1), within("accuracy, rounded", "", ablations["rounded"][0], 0.95, 1)]
+    checks = [
+        within("accuracy", "", ablations["target"][0], 0.99, 1),
+        within("accuracy, rounded", "", ablations["rounded"][0], 0.95, 1),
+    ]
     for name, g in zip(decomposition.names, by_matrix(decomposition, importances(vpd, x))):
         checks.append(Check("live (mean g > 1e-3)", name, int((g.mean((0, 1)) > 1e-3).sum())))
         checks.append(Check("L0 on data", name, (g > 0.1).sum(-1).float().mean().item()))
@@ -410,11 +469,15 @@ PUBLISHED = {
 
 def table(toy: str, checks: list[Check]) -> str:
     """The checks, one a line, beside what was published."""
-    lines = [f"{'check':<26} {'matrix':<12} {'value':>10}  {'expected':<18} {'':<5} {'SPD, published':<15} APD, published"]
+    lines = [
+        f"{'check':<26} {'matrix':<12} {'value':>10}  {'expected':<18} {'':<5} {'SPD, published':<15} APD, published"
+    ]
     for c in checks:
         spd, apd = PUBLISHED.get((toy, c.name), ("", ""))
         verdict = "" if c.ok is None else "pass" if c.ok else "FAIL"
-        lines.append(f"{c.name:<26} {c.matrix:<12} {c.value:>10.4g}  {c.expected:<18} {verdict:<5} {spd:<15} {apd}".rstrip())
+        lines.append(
+            f"{c.name:<26} {c.matrix:<12} {c.value:>10.4g}  {c.expected:<18} {verdict:<5} {spd:<15} {apd}".rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -433,7 +496,9 @@ def plot(vpd: VPD, path: Path, title: str) -> None:
 
     decomposition, target = vpd.decomposition, vpd.decomposition.target
     pieces, g_probes = target.canonical(), importances(vpd, target.probes().to(vpd.device))
-    figure, axes = plt.subplots(decomposition.L, 3, figsize=(11, 2.9 * decomposition.L), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        decomposition.L, 3, figsize=(11, 2.9 * decomposition.L), layout="constrained", squeeze=False
+    )
     for (ax_W, ax_found, ax_g), name, g in zip(axes, decomposition.names, by_matrix(decomposition, g_probes)):
         kind, n = target.importance[name]
         U, V = decomposition.U[name].detach(), decomposition.V[name].detach()
@@ -454,7 +519,9 @@ def plot(vpd: VPD, path: Path, title: str) -> None:
             ax.set(title=f"{name}: {what}", xlabel=labels[0], ylabel=labels[1])
             ax.locator_params(integer=True)
         figure.colorbar(image, ax=ax_found)
-        image = ax_g.imshow(g[:, : n + max(3, n // 4)].cpu(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        image = ax_g.imshow(
+            g[:, : n + max(3, n // 4)].cpu(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+        )
         ax_g.set(title=f"{name}: causal importance g", xlabel="subcomponent, ordered", ylabel="probe: one mechanism on")
         ax_g.locator_params(integer=True)
         figure.colorbar(image, ax=ax_g)
@@ -469,7 +536,13 @@ def plot_induction(ablations: dict[str, tuple[float, float, float]], path: Path,
     rows = {what.removeprefix("without "): values for what, values in ablations.items() if ":" not in what}
     figure, ax = plt.subplots(figsize=(9, 4), layout="constrained")
     at = np.arange(len(rows))
-    for i, (label, colour) in enumerate((("accuracy", "#000000"), ("layer 0: m attends to the S before it", "#0072b2"), ("layer 1: the last S attends to m", "#d55e00"))):
+    for i, (label, colour) in enumerate(
+        (
+            ("accuracy", "#000000"),
+            ("layer 0: m attends to the S before it", "#0072b2"),
+            ("layer 1: the last S attends to m", "#d55e00"),
+        )
+    ):
         ax.bar(at + 0.27 * (i - 1), [values[i] for values in rows.values()], 0.25, label=label, color=colour)
     ax.set_xticks(at, rows, rotation=30)
     ax.set(ylabel="share", xlabel="subcomponents ablated", title=title, ylim=(0, 1.25))
@@ -516,7 +589,10 @@ def decompose(config: Config, target: nn.Module, device: torch.device) -> VPD:
             if step >= last_tenth:
                 loss += row["total"] / (config.steps - last_tenth)
             if step % 100 == 0:
-                bar.set_postfix({name: f"{row[name].item():.2e}" for name in ("total", "stochastic", "l0") if name in row}, refresh=False)
+                bar.set_postfix(
+                    {name: f"{row[name].item():.2e}" for name in ("total", "stochastic", "l0") if name in row},
+                    refresh=False,
+                )
         if not loss.isfinite():
             raise ValueError(f"the loss is {loss.item()} at the end: try a smaller lr than {config.lr}")
         print(f"decompose {restart + 1}/{config.restarts}: loss {loss.item():.6f}")
@@ -528,7 +604,9 @@ def decompose(config: Config, target: nn.Module, device: torch.device) -> VPD:
 def main(config: Config) -> None:
     torch.set_num_threads(1)  # these matrices are small: a second thread costs more than it gives
     device = torch.device("cpu")
-    folder = Path(config.out) if config.out else free_folder(Path(f"out/toy-{config.toy}-{config.method}-{config.seed}"))
+    folder = (
+        Path(config.out) if config.out else free_folder(Path(f"out/toy-{config.toy}-{config.method}-{config.seed}"))
+    )
     if any((folder / name).exists() for name in ("metrics.json", "checkpoint.pt", "config.json")):
         raise ValueError(f"out={config.out} already holds a run: give another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -548,13 +626,26 @@ def main(config: Config) -> None:
         checks = feature_checks(vpd, config.seed)
         plot(vpd, folder / "toy.png", title)
         alphas = known_clusterings(vpd, config.seed)
-        print(f"cluster.py groups the live subcomponents as they belong together at alpha = {', '.join(f'{alpha:g}' for alpha in alphas) or 'none'}")
-    save(folder / "checkpoint.pt", {"kind": "toy", "config": asdict(config), "target": target.state_dict(), "vpd": vpd.state_dict()})
+        print(
+            f"cluster.py groups the live subcomponents as they belong together at alpha = {', '.join(f'{alpha:g}' for alpha in alphas) or 'none'}"
+        )
+    save(
+        folder / "checkpoint.pt",
+        {"kind": "toy", "config": asdict(config), "target": target.state_dict(), "vpd": vpd.state_dict()},
+    )
     with written(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps({"checks": [asdict(c) for c in checks], "ablations": ablations, "alphas": alphas, "seconds": seconds}, indent=2) + "\n")
+        temporary.write_text(
+            json.dumps(
+                {"checks": [asdict(c) for c in checks], "ablations": ablations, "alphas": alphas, "seconds": seconds},
+                indent=2,
+            )
+            + "\n"
+        )
     print(table(config.toy, checks))
     judged = [c.ok for c in checks if c.ok is not None]
-    print(f"{sum(judged)} of {len(judged)} checks pass; target {seconds['target']:.0f} s, decomposition {seconds['decompose']:.0f} s; saved in {folder}")
+    print(
+        f"{sum(judged)} of {len(judged)} checks pass; target {seconds['target']:.0f} s, decomposition {seconds['decompose']:.0f} s; saved in {folder}"
+    )
 
 
 def defaults() -> Config:

@@ -35,7 +35,9 @@ class FeatureToy(nn.Module):
 
     p = 0.05  # probability that a feature is on
     low = 0.0  # its values are U(low, 1)
-    importance: dict[str, tuple[str, int]]  # of each matrix: ("identity", n) one piece a feature, or ("dense", k) k pieces at once
+    importance: dict[
+        str, tuple[str, int]
+    ]  # of each matrix: ("identity", n) one piece a feature, or ("dense", k) k pieces at once
 
     def batch(self, B: int, generator: torch.Generator) -> Tensor:
         return sparse_features((B, self.n), self.p, self.low, generator)
@@ -73,7 +75,9 @@ class TMS(FeatureToy):
         nn.init.zeros_(self.linear2.bias)  # from PyTorch's own start most 5-2 targets lose a feature or more
         # One storage for both. AdamW then steps it twice, once with each gradient, as in the earlier papers' code.
         self.linear2.weight.data = self.linear1.weight.data.T
-        self.importance = {"linear1": ("identity", n), "linear2": ("identity", n)} | ({"hidden": ("dense", m)} if identity else {})
+        self.importance = {"linear1": ("identity", n), "linear2": ("identity", n)} | (
+            {"hidden": ("dense", m)} if identity else {}
+        )
 
     def label(self, x: Tensor) -> Tensor:
         return x
@@ -107,7 +111,9 @@ class ResidMLP(FeatureToy):
         self.mlp_in = nn.ModuleList(nn.Linear(d, d_mlp, bias=False) for _ in range(n_layer))
         self.mlp_out = nn.ModuleList(nn.Linear(d_mlp, d, bias=False) for _ in range(n_layer))
         layers = range(n_layer)
-        self.importance = {f"mlp_in.{l}": ("identity", n) for l in layers} | {f"mlp_out.{l}": ("dense", d_mlp) for l in layers}
+        self.importance = {f"mlp_in.{l}": ("identity", n) for l in layers} | {
+            f"mlp_out.{l}": ("dense", d_mlp) for l in layers
+        }
 
     def label(self, x: Tensor) -> Tensor:
         return x + F.relu(x)
@@ -278,7 +284,9 @@ def train(toy: Toy, seed: int, device: torch.device) -> nn.Module:
     optimizer = torch.optim.AdamW([p for p in target.parameters() if p.requires_grad], lr=toy.lr, weight_decay=0.01)
     for step in (bar := progress_bar(0, toy.steps, "target")):
         for group in optimizer.param_groups:
-            group["lr"] = toy.lr * min(1, (step + 1) / (toy.warmup + 1)) * (cosine(step, toy.steps, floor=0) if toy.cosine else 1)
+            group["lr"] = (
+                toy.lr * min(1, (step + 1) / (toy.warmup + 1)) * (cosine(step, toy.steps, floor=0) if toy.cosine else 1)
+            )
         loss = target.loss(target.batch(toy.B, generator))
         optimizer.zero_grad()
         loss.backward()
