@@ -1,5 +1,5 @@
-"""Several processes as one run: torchrun starts them, each has its own rows of every batch, and together they take the step
-that one process would take on all of them.
+"""Several processes as one run: torchrun starts them, each has its own rows of every batch, and together they take the
+step that one process would take on all of them.
 
     torchrun --standalone --nproc_per_node=2 decompose.py      # NCCL between GPUs, gloo between CPUs
 
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mes
 
 
 def start(device: str) -> str:
-    """Join the other processes, if torchrun started several; the name of this one's device. Only the first one prints."""
+    """Join the other processes, if torchrun started several, and name this one's device. Only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     on_gpu = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
@@ -57,30 +58,48 @@ def first_process_first() -> Iterator[None]:
         dist.barrier()
 
 
-def rows(x: Tensor) -> Tensor:
-    """This process's share of a batch [B, ...], B a multiple of the number of processes."""
-    return x.chunk(world())[rank()]
+def own_seed(seed: int) -> int:
+    """The seed itself in the first process, and a different stream in each of the others."""
+    return seed if rank() == 0 else int(np.random.SeedSequence([seed, rank()]).generate_state(1)[0])
+
+
+def rows(x: Tensor, dim: int = 0) -> Tensor:
+    """This process's share of a batch, whose size B along `dim` is a multiple of the number of processes."""
+    return x.chunk(world(), dim)[rank()]
 
 
 @torch.compiler.disable
-def sum_(tensors: list[Tensor]) -> None:
-    """Each tensor becomes, in place, its sum over the processes, the same bits in all of them."""
+def average_(tensors: list[Tensor]) -> None:
+    """Each tensor becomes, in place, its mean over the processes, the same bits in all of them."""
     if world() > 1:
-        for pending in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        for tensor, pending in [(tensor, dist.all_reduce(tensor, async_op=True)) for tensor in tensors]:
             pending.wait()
+            tensor /= world()
 
 
-@torch.compiler.disable
-def summed(tensor: Tensor) -> Tensor:
-    """The sum over the processes, in a new tensor and without a gradient."""
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over the processes, in a new tensor and without a gradient."""
     total = tensor.detach().clone()
-    sum_([total])
+    average_([total])
     return total
+
+
+def batch_sum(tensor: Tensor) -> Tensor:
+    """The sum over the processes of a sum over one's own rows of the batch.
+
+    Its gradient is one's own times the number of processes: right once the processes' gradients are averaged.
+    """
+    return tensor if world() == 1 else world() * (mean(tensor) + tensor - tensor.detach())
+
+
+def average_gradients_(parameters: list[Tensor]) -> None:
+    """Each gradient becomes its mean over the processes; those of sharded parameters are that already."""
+    average_([parameter.grad for parameter in parameters if not isinstance(parameter, DTensor)])
 
 
 def any_of(flag: bool) -> bool:
     """Whether the flag is set in any process."""
-    return flag if world() == 1 else summed(torch.tensor(float(flag))).item() > 0
+    return flag if world() == 1 else mean(torch.tensor(float(flag))).item() > 0
 
 
 def broadcast_(tensors: list[Tensor]) -> None:
@@ -105,10 +124,10 @@ def gathered(tensor: Tensor) -> list[Tensor]:
 
 
 def shard(module: nn.Module, units: list[nn.Module], device: torch.device, half: bool) -> nn.Module:
-    """The module on the device, its parameters divided over the processes; those of a unit are whole only while it runs.
+    """The module on the device, its parameters divided over the processes; a unit's are whole only while it runs.
 
-    half: whole in bf16, for autocast, which would otherwise keep bf16 copies of all units until the backward pass. A backward
-    pass leaves in each part its gradient summed over the processes: it is not to be summed again.
+    half: whole in bf16, for autocast, which would otherwise keep bf16 copies of all units until the backward pass. A
+    backward pass leaves in each part its gradient averaged over the processes: it is not to be averaged again.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, as it takes half a second
 
@@ -122,9 +141,15 @@ def shard(module: nn.Module, units: list[nn.Module], device: torch.device, half:
     )
     for unit in [*units, module]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-        unit.set_gradient_divide_factor(1.0)  # a sum, not the mean,
-        unit.set_force_sum_reduction_for_comms(True)  # by the only reduction that gloo has
+        unit.set_gradient_divide_factor(float(world()))  # the mean over the processes,
+        unit.set_force_sum_reduction_for_comms(True)  # by way of the sum, the only reduction that gloo has
     return module
+
+
+def groups(parameters: list[Tensor]) -> list[dict]:
+    """Parameter groups of an optimiser: a fused update takes whole or sharded parameters, not both at a time."""
+    divided = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    return [{"params": group} for group in divided if group]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -133,7 +158,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(state: dict | Tensor) -> dict | Tensor:
-    """A state dict with its parts made whole in the first process, in its memory and not the GPU's: to be called by all."""
+    """A state dict with its parts made whole in the first process, in its memory and not the GPU's. Called by all."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, DTensor):
@@ -142,8 +167,30 @@ def whole(state: dict | Tensor) -> dict | Tensor:
     return state
 
 
+def parts_of(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This process's part of each whole tensor, where the one in `like` is in parts; elsewhere the tensor."""
+    return {name: part_of(state[name], like[name]) for name in like}
+
+
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, where `like`, of the same shape, is in parts; elsewhere the tensor."""
     if isinstance(like, DTensor) and tensor.shape == like.shape:
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict:
+    """Its state dict, whole and with one group, as if nothing had been sharded: to be called by all."""
+    state = whole(optimizer.state_dict())
+    order = [i for group in state["param_groups"] for i in group["params"]]
+    return state | {"param_groups": [state["param_groups"][0] | {"params": sorted(order)}]}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, parameters: list[Tensor], state: dict) -> None:
+    """The inverse of `optimizer_state`; parameters in the order in which the optimiser's groups were given them."""
+    moments = {
+        i: {name: part_of(value, parameters[i]) for name, value in of_one.items()}
+        for i, of_one in state["state"].items()
+    }
+    (group,) = state["param_groups"]
+    own = [group | {"params": own["params"]} for own in optimizer.state_dict()["param_groups"]]
+    optimizer.load_state_dict({"state": moments, "param_groups": own})

@@ -1,10 +1,11 @@
 """Evaluate a decomposition on held-out text: the table, metrics.json, figures and generations.
 
-    python eval.py out/vpd-stdlib                          # a minute or two on 2 CPU cores; decompose.py does it at its end
-    python eval.py out/vpd-stdlib --against=out/other      # and draws its curves beside those of another, evaluated, run
+    python eval.py out/vpd-stdlib                        # under a minute on 2 CPU cores; decompose.py ends with it
+    python eval.py out/vpd-stdlib --against=out/other    # draws its curves beside those of another, evaluated, run
+    python eval.py out/vpd-stdlib --adv_steps=20,40,80,160,320,640,1280    # stronger and stronger adversaries
 
   A. Run          a run folder, ready to use
-  B. Masks        one set of masks a mode
+  B. Masks        one set of masks a mode; the adversary that judges
   C. Numbers      `evaluate`: one function a quantity, all in nats a token or counts a position
   D. Table
   E. Figures      arrays in, a PNG in <run>/figures out; generations.txt
@@ -15,35 +16,30 @@ Left out: probes of particular behaviours; any number that needs more than one r
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import run
+from bench import cost
 from ci_fn import CITransformer, lower_leaky
-from losses import faithfulness, kl_divergence, mask, reconstruction, sample_sources
-from model import Decomposition, generate
-from run import load_checkpoint, pick_device, read_log, run_script, written
-from train_target import build_target, check_vocabulary, next_token_ce
+from losses import HiddenKL, faithfulness, kl_divergence, mask, reconstruction, sample_sources
+from model import Decomposition
+from run import UserError
+from train_target import build_target, check_vocabulary, generate, next_token_ce
 
 ALIVE = 1e-6  # a subcomponent is live if its mean g over the evaluation text is above this
-PGD_STEPS = (20, 40, 80, 160, 320)
+STARTS = 3  # of the adversary: one start alone scatters by a tenth of its KL
 R_VALUES = [i / 10 for i in range(11)]
-MODES = (
-    "unmasked",
-    "stochastic",
-    "stochastic_no_delta",
-    "ci",
-    "rounded_0.0",
-    "rounded_0.1",
-    "rounded_0.5",
-    "random",
-    "zero",
-)
+MODES = ("unmasked", "stochastic", "stochastic_no_delta", "ci", "rounded_0.0", "rounded_0.1", "rounded_0.5")
+MODES += ("random", "zero")
 
 
 @dataclass(frozen=True)
@@ -51,51 +47,111 @@ class Config:
     run: str  # run folder of decompose.py
     data_dir: str = ""  # where token files are kept; default as in the run
     windows: int = 64  # validation sequences
-    batch: int = 64  # sequences at a time; the adversary's sources are shared by a batch
+    batch: int = 0  # sequences at a time, 0: as many as memory allows; changes no number
+    adv_steps: str = "20,80"  # steps of the adversary, whose sources all windows share; published: 20 to 320
     against: str = ""  # run folder of an evaluated run, to draw beside this one in figures/ablations.png
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
     def __post_init__(self) -> None:
-        if min(self.windows, self.batch) < 1 or self.seed < 0:
-            raise ValueError(
-                f"windows={self.windows}, batch={self.batch}: must be at least 1, and seed={self.seed} not negative"
-            )
+        run.require(self, "above 0", "windows")
+        run.require(self, "0 or above", "batch", "seed")
+        if not self.steps_of_adversary() or min(self.steps_of_adversary()) < 1:
+            raise UserError(f"adv_steps={self.adv_steps!r}: must be whole numbers above 0, as in 20,80")
+
+    def steps_of_adversary(self) -> list[int]:
+        steps = self.adv_steps.split(",")
+        return [int(n) for n in steps] if all(n.strip().isdecimal() for n in steps) else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Run
 
+Batch = tuple[Tensor, Tensor, Tensor]  # x [B, T], f(x | W), g [B, T, C]
+
 
 @dataclass(frozen=True)
 class Run:
-    """A finished or interrupted run of decompose.py. `config`: its settings; `checkpoint`: all that was saved."""
+    """A run of decompose.py. `config`: its settings; `checkpoint`: all that was saved.
+
+    f(x | W) and f(x | W') are last hidden states [B, T, d_model] here, so that logits are only held a chunk at a time.
+    """
 
     folder: Path
     config: dict
     checkpoint: dict
     decomposition: Decomposition
-    ci_fn: CITransformer
+    ci_fn: nn.Module
 
-    def importances_and_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """f(x | W) [B, T, vocab], the causal importances g_lower [B, T, C] of tokens x [B, T], and L x [B, T, d_in]; no gradients."""
-        with torch.no_grad():
-            target_output, inputs = self.decomposition.target_pass(x)
-            return target_output, lower_leaky(self.ci_fn(inputs), self.config["leak"]), inputs
+    @property
+    def device(self) -> torch.device:
+        return self.unembedding.device
 
-    def importances(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The first two of these."""
-        return self.importances_and_inputs(x)[:2]
+    @property
+    def unembedding(self) -> Tensor:
+        return self.decomposition.target.unembedding
+
+    @torch.no_grad()
+    def importances(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """f(x | W) [B, T, d_model], g_lower [B, T, C] and the inputs L x [B, T, d_in] of tokens x [B, T]."""
+        target_hidden, inputs = self.decomposition.target_pass(x)
+        return target_hidden, lower_leaky(self.ci_fn(inputs).float(), self.config["leak"]), inputs
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d_model] to [..., vocab]."""
+        return F.linear(hidden, self.unembedding)
+
+    def kl(self, target_hidden: Tensor, masked_hidden: Tensor) -> Tensor:
+        """KL(target || masked), nats a token."""
+        return HiddenKL(self.unembedding)(target_hidden, masked_hidden)
+
+    def ce(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the next tokens [B, T], nats a token."""
+        sums = [
+            next_token_ce(self.logits(h)[None], y) * len(y)
+            for h, y in zip(hidden.flatten(0, 1).split(2048), labels.flatten().split(2048))
+        ]
+        return torch.stack(sums).sum() / labels.numel()
+
+    @torch.enable_grad()
+    def one_window(self) -> None:
+        """The largest pass of an evaluation, on one window: forward and backward for the adversary's sources."""
+        x = torch.zeros((1, self.config["T"]), dtype=torch.long, device=self.device)
+        target_hidden, g, _ = self.importances(x)
+        r = g.new_zeros((1, 1, 1, g.shape[-1] + self.decomposition.L), requires_grad=True)
+        reconstruction(self.decomposition, x, target_hidden, g, r, None, self.kl, frozen=True).backward()
+
+    def batches(self, windows: Tensor, at_a_time: int = 0) -> list[Tensor]:
+        """Windows [N, T + 1] on the device, in as few parts as memory allows, or `at_a_time`."""
+        if not at_a_time:
+            (window,) = cost.counted(lambda: [self.one_window], again=False)
+            fit = cost.available_memory(self.device) // (2 * window.peak)
+            at_a_time = max(1, min(len(windows), fit))
+        return list(windows.to(self.device).split(at_a_time))
 
 
 def load_run(folder: str | Path, device: torch.device) -> Run:
-    """A run folder of decompose.py. FileNotFoundError or ValueError if it is not there, broken or foreign."""
-    checkpoint = load_checkpoint(Path(folder) / "checkpoint.pt", "decomposition")
-    decomposition = Decomposition(build_target(checkpoint["target"]), checkpoint["C"])
-    decomposition.load_subcomponents(checkpoint["vpd"]["decomposition"])
-    ci_fn = CITransformer(**checkpoint["ci_fn"])
-    ci_fn.load_state_dict(checkpoint["vpd"]["ci_fn"])
+    """A run folder of decompose.py. UserError if it is not there, broken or foreign."""
+    checkpoint = run.load_checkpoint(Path(folder) / "checkpoint.pt", "decomposition")
+    decomposition = Decomposition(build_target(checkpoint["target"]), checkpoint["C"], ends_in="hidden")
+    decomposition.load_subcomponents(checkpoint["decomposition"])
+    ci_fn = CITransformer(**checkpoint["gamma"])
+    ci_fn.load_state_dict(checkpoint["ci_fn"])
     return Run(Path(folder), checkpoint["config"], checkpoint, decomposition.to(device), ci_fn.to(device))
+
+
+def open_run(folder: str | Path, data_dir: str = "", device: str = "auto") -> tuple[Run, data.Corpus]:
+    """A run and its text. UserError as in `load_run` and `data.load`, or if the text has another vocabulary."""
+    opened = load_run(folder, run.pick_device(device))
+    c = opened.config
+    corpus = data.load(c["dataset"], data_dir or c["data_dir"], c["max_tokens"])
+    check_vocabulary(folder, opened.checkpoint["target"], corpus)
+    return opened, corpus
+
+
+def validation_windows(corpus: data.Corpus, n: int, T: int, seed: int) -> Tensor:
+    """n random windows of the validation text, drawn all at once: int64 [n, T + 1]."""
+    return corpus.batch("val", 0, n, T, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,8 +159,9 @@ def load_run(folder: str | Path, device: torch.device) -> Run:
 
 
 def masks(mode: str, g: Tensor, L: int, generator: torch.Generator) -> Tensor:
-    """Masks m [B, T, C + L] of a mode of the table, for causal importances g [B, T, C]. The Deltas' are 0 but for `stochastic`."""
-    u = sample_sources((*g.shape[:-1], g.shape[-1] + L), generator)
+    """Masks m [B, T, C + L] of a mode, for causal importances g [B, T, C]. The Deltas' are 0 but for `stochastic`."""
+    # A window at a time: a GPU's generator gives other numbers when one draw is split, as windows may be.
+    u = torch.stack([sample_sources((*g.shape[1:-1], g.shape[-1] + L), generator) for _ in g])
     no_Delta = torch.zeros_like(u[..., :L])
     if mode == "stochastic":
         return mask(g, u)
@@ -122,21 +179,26 @@ def masks(mode: str, g: Tensor, L: int, generator: torch.Generator) -> Tensor:
 
 
 def adversarial_sources(
-    decomposition: Decomposition, x: Tensor, target_output: Tensor, g: Tensor, n_steps: int, generator: torch.Generator,
+    decomposition: Decomposition, batches: list[Batch], n_steps: int, generator: torch.Generator,
     divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
-) -> Tensor:  # fmt: skip
-    """Sources r [1, 1, 1, C + L] that one batch shares, after n_steps of sign ascent on the divergence from r ~ U(0, 1).
+) -> tuple[Tensor, float, float]:  # fmt: skip
+    """Sources r [1, ..., 1, C + L] that all batches share, after n_steps of sign ascent on the divergence from U(0, 1).
 
-    Steps of 2 / n_steps, clamped to [0, 1]: each source can cross its range twice (published: 20 steps of 0.1).
+    Steps of 2 / n_steps, clamped to [0, 1]: each source can cross its range twice (published: 20 steps of 0.1). Also
+    returns the divergence there, and the largest met on the way.
     """
+    g, n, met = batches[0][2], sum(len(x) for x, _, _ in batches), []
     r = sample_sources((*[1] * g.dim(), g.shape[-1] + decomposition.L), generator)
-    for _ in range(n_steps):
-        r.requires_grad_()
-        (grad_r,) = torch.autograd.grad(
-            reconstruction(decomposition, x, target_output, g, r, None, divergence, frozen=True), r
-        )
+    for step in range(n_steps + 1):
+        r, grad_r, value = r.requires_grad_(), torch.zeros_like(r), 0.0
+        for x, target_output, g in batches:
+            loss = reconstruction(decomposition, x, target_output, g, r, None, divergence, frozen=True) * (len(x) / n)
+            value += loss.item()
+            if step < n_steps:
+                grad_r += torch.autograd.grad(loss, r)[0]
+        met.append(value)
         r = (r.detach() + 2 / n_steps * grad_r.sign()).clamp(0, 1)
-    return r
+    return r, met[-1], max(met)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +207,7 @@ def adversarial_sources(
 
 @torch.no_grad()
 def hidden_mse(decomposition: Decomposition, x: Tensor, m: Tensor) -> Tensor:
-    """Squared error between the outputs of every decomposed matrix in f(x | W'(m)) and in f(x | W), mean over all elements."""
+    """Squared error of every decomposed matrix's output in f(x | W'(m)) against f(x | W), mean over all elements."""
     outputs: list[Tensor] = []
     hooks = [layer.register_forward_hook(lambda layer, args, y: outputs.append(y)) for layer in decomposition.layers]
     try:
@@ -173,110 +235,124 @@ def compute_recovered(ce_gap: float, curve: list[list[float]]) -> float:
     return float((tokens[i - 1] + between * (tokens[i] - tokens[i - 1])) / tokens[-1])
 
 
-def mean_importances(run: Run, corpus: data.Corpus, config: Config) -> tuple[Tensor, Tensor]:
-    """Over all positions of the validation windows: mean g and the share with g > 0, of every subcomponent, [C] each.
+def mean_importances(gs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Over all positions of g [B, T, C] in parts: mean g and the share with g > 0, of every subcomponent, [C] each.
 
     A subcomponent is live if the first is above ALIVE; L0 is the sum of the second.
     """
-    mean_g, l0 = torch.zeros(2, sum(run.decomposition.C.values()))
-    for i in range(0, config.windows, config.batch):
-        size = min(config.batch, config.windows - i)
-        x = corpus.batch("val", i // config.batch, size, run.config["T"], config.seed)[:, :-1]
-        _, g = run.importances(x.to(next(run.ci_fn.parameters()).device))
-        mean_g += g.mean((0, 1)).cpu() * size / config.windows
-        l0 += (g > 0).float().mean((0, 1)).cpu() * size / config.windows
-    return mean_g, l0
+    n = sum(len(g) for g in gs)
+    mean_g = sum(g.mean((0, 1)) * len(g) for g in gs) / n
+    l0 = sum((g > 0).float().mean((0, 1)) * len(g) for g in gs) / n
+    return mean_g.cpu(), l0.cpu()
 
 
-def evaluate(run: Run, corpus: data.Corpus, config: Config) -> tuple[dict, dict[str, np.ndarray]]:
+def of_windows(opened: Run, windows: Tensor, at_a_time: int = 0) -> tuple[list[Batch], list[Tensor]]:
+    """(x, f(x | W), g) and the next tokens [B, T] of windows [N, T + 1], in parts."""
+    parts = opened.batches(windows, at_a_time)
+    return [(part[:, :-1], *opened.importances(part[:, :-1])[:2]) for part in parts], [part[:, 1:] for part in parts]
+
+
+def short(decomposition: Decomposition, ci_fn: nn.Module, corpus: data.Corpus, config, n: int = 8) -> dict[str, float]:
+    """A run in training, on n fixed windows: L0, live, KL stochastic, rounded (g > 0), adversarial (20 steps)."""
+    opened = Run(Path(), asdict(config), {}, decomposition, ci_fn)
+    generator = torch.Generator(opened.device).manual_seed(0)
+    batches, _ = of_windows(opened, validation_windows(corpus, n, config.T, 0), n)
+    ((x, target_hidden, g),) = batches
+    mean_g, l0 = mean_importances([g])
+    row = {"val_l0": l0.sum().item(), "val_live": int((mean_g > ALIVE).sum())}
+    for name, mode in (("stochastic", "stochastic"), ("rounded", "rounded_0.0")):
+        with torch.no_grad():
+            masked = decomposition(x, masks(mode, g, decomposition.L, generator))
+            row[f"val_kl_{name}"] = opened.kl(target_hidden, masked).item()
+    return row | {"val_kl_adversarial": adversarial_sources(decomposition, batches, 20, generator, opened.kl)[1]}
+
+
+def evaluate(opened: Run, corpus: data.Corpus, config: Config) -> tuple[dict, dict[str, np.ndarray]]:
     """All numbers of the table: metrics, as metrics.json holds them, and the mean g [C_l] of every matrix.
 
-    Means are over all positions of the validation windows; `constant_r` is the CE where every source, the Deltas' too, has
-    one value r: from m = g at r = 0 to the target itself at r = 1.
+    Means are over all positions of the validation windows. `constant_r` is the CE where every source, the Deltas' too,
+    has one value r: from m = g at r = 0 to the target itself at r = 1. `adversarial_n`: mean over STARTS of the KL
+    after n steps, the published number; `adversarial_n_largest`: the largest KL met on the way of any of them.
     """
-    began = time.time()
-    decomposition, device = run.decomposition, next(run.ci_fn.parameters()).device
-    T, L, names = run.config["T"], decomposition.L, decomposition.names
-    generator = torch.Generator(device).manual_seed(config.seed)
-    sizes = [min(config.batch, config.windows - i) for i in range(0, config.windows, config.batch)]
-    bar = tqdm(
-        total=len(sizes) * (len(MODES) + sum(PGD_STEPS)), desc="evaluate", unit="pass", mininterval=1, leave=False
-    )
+    began, decomposition, L = time.time(), opened.decomposition, opened.decomposition.L
+    adv_steps, counts = config.steps_of_adversary(), list(decomposition.C.values())
+    generator = torch.Generator(opened.device).manual_seed(config.seed)
+    windows = validation_windows(corpus, config.windows, opened.config["T"], config.seed)
+    batches, labels = of_windows(opened, windows, config.batch)
+    passes = 1 + len(MODES) + len(R_VALUES) + STARTS * sum(adv_steps)
+    bar = tqdm(total=passes, desc="evaluate", unit="pass", mininterval=1, leave=False)
 
-    rows = []  # one {quantity: mean over the batch} a batch
-    mean_g, l0 = mean_importances(run, corpus, config)
-    for i, size in enumerate(sizes):
-        tokens = corpus.batch("val", i, size, T, config.seed).to(device)
-        x, labels = tokens[:, :-1], tokens[:, 1:]
-        target_output, g = run.importances(x)
-        row = {"ce:target": next_token_ce(target_output, labels)}
-        for mode in MODES:
-            m = masks(mode, g, L, generator)
-            with torch.no_grad():
-                output = decomposition(x, m)
-            row[f"ce:{mode}"] = next_token_ce(output, labels)
-            row[f"kl:{mode}"] = kl_divergence(target_output, output)
-            if mode in ("stochastic", "ci"):
-                row[f"hidden_mse:{mode}"] = hidden_mse(decomposition, x, m)
-            bar.update()
-        for n in PGD_STEPS:
-            r = adversarial_sources(run.decomposition, x, target_output, g, n, generator)
-            with torch.no_grad():
-                row[f"kl:adversarial_{n}"] = reconstruction(decomposition, x, target_output, g, r)
+    @torch.no_grad()
+    def means(of: Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]) -> dict[str, float]:
+        """Of the means over one part that of(x, f(x | W), g, next tokens) gives, the means over all parts."""
+        found: dict[str, float] = {}
+        for batch, y in zip(batches, labels):
+            for name, value in of(*batch, y).items():
+                found[name] = found.get(name, 0.0) + value.item() * len(y) / len(windows)
+        bar.update()
+        return found
+
+    def in_mode(mode: str, x: Tensor, target_hidden: Tensor, g: Tensor, y: Tensor) -> dict[str, Tensor]:
+        m = masks(mode, g, L, generator)
+        hidden = decomposition(x, m)
+        mse = {"mse": hidden_mse(decomposition, x, m)} if mode in ("stochastic", "ci") else {}
+        return {"ce": opened.ce(hidden, y), "kl": opened.kl(target_hidden, hidden)} | mse
+
+    def at_r(r: float, x: Tensor, target_hidden: Tensor, g: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"ce": opened.ce(decomposition(x, mask(g, g.new_full((g.shape[-1] + L,), r))), y)}
+
+    of_target = means(lambda x, target_hidden, g, y: {"ce": opened.ce(target_hidden, y)})
+    found = {mode: means(partial(in_mode, mode)) for mode in MODES}
+    ce = {"target": of_target["ce"]} | {mode: found[mode]["ce"] for mode in MODES}
+    kl = {mode: found[mode]["kl"] for mode in MODES}
+    for n in adv_steps:
+        met = []
+        for _ in range(STARTS):
+            met.append(adversarial_sources(decomposition, batches, n, generator, opened.kl)[1:])
             bar.update(n)
-        for r in R_VALUES:
-            with torch.no_grad():
-                row[f"r:{r}"] = next_token_ce(decomposition(x, mask(g, g.new_full((g.shape[-1] + L,), r))), labels)
-        rows.append({name: value.item() for name, value in row.items()})
+        last, largest = zip(*met)
+        kl |= {f"adversarial_{n}": sum(last) / STARTS, f"adversarial_{n}_largest": max(largest)}
+    constant_r = {"r": R_VALUES, "ce": [means(partial(at_r, r))["ce"] for r in R_VALUES]}
     bar.close()
 
-    mean = {name: sum(row[name] * size for row, size in zip(rows, sizes)) / config.windows for name in rows[0]}
+    mean_g, l0 = mean_importances([g for _, _, g in batches])
+    live, gap = mean_g > ALIVE, {mode: ce[mode] - ce["target"] for mode in MODES}
 
-    def group(kind: str) -> dict[str, float]:
-        return {name.partition(":")[2]: value for name, value in mean.items() if name.startswith(kind + ":")}
+    def per_matrix(values: Tensor) -> dict[str, float]:
+        return {name: part.sum().item() for name, part in zip(decomposition.names, values.split(counts))}
 
-    ce = group("ce")
-    gap = {mode: ce[mode] - ce["target"] for mode in MODES}
-    curve = run.checkpoint["target"]["curve"]
-    counts = list(decomposition.C.values())
-    live = mean_g > ALIVE
+    target = opened.checkpoint["target"]
     metrics = {
         "ce": ce,
-        "kl": group("kl"),
+        "kl": kl,
+        "adv_steps": adv_steps,
         "ce_unrecovered": {mode: gap[mode] / gap["zero"] for mode in MODES},
-        "compute_recovered": {mode: compute_recovered(gap[mode], curve) for mode in MODES},
-        "l0": {
-            "total": l0.sum().item(),
-            "per_matrix": {n: part.sum().item() for n, part in zip(names, l0.split(counts))},
-        },
-        "live": {
-            "total": live.sum().item(),
-            "per_matrix": {n: part.sum().item() for n, part in zip(names, live.split(counts))},
-            "C": sum(counts),
-        },
+        "compute_recovered": {mode: compute_recovered(gap[mode], target["curve"]) for mode in MODES},
+        "l0": {"total": l0.sum().item(), "per_matrix": per_matrix(l0)},
+        "live": {"total": live.sum().item(), "per_matrix": per_matrix(live), "C": sum(counts)},
         "faithfulness": faithfulness(decomposition).item(),
-        "hidden_mse": group("hidden_mse"),
-        "constant_r": {"r": R_VALUES, "ce": list(group("r").values())},
+        "hidden_mse": {mode: found[mode]["mse"] for mode in MODES if "mse" in found[mode]},
+        "constant_r": constant_r,
         "seconds": {
-            "target": run.checkpoint["target"]["seconds"],
-            "decompose": run.checkpoint["seconds"],
+            "target": target["seconds"],
+            "decompose": opened.checkpoint["seconds"],
             "eval": time.time() - began,
         },
     }
-    return metrics, dict(zip(names, (part.numpy() for part in mean_g.split(counts))))
+    return metrics, dict(zip(decomposition.names, (part.numpy() for part in mean_g.split(counts))))
 
 
 def read_metrics(folder: str | Path) -> dict:
-    """metrics.json of an evaluated run. FileNotFoundError, or ValueError if it is not whole."""
+    """metrics.json of an evaluated run. UserError if it is not there or not whole."""
     path = Path(folder) / "metrics.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: evaluate that run first")
+        raise UserError(f"{path} does not exist: evaluate that run first")
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        metrics["constant_r"], metrics["kl"][f"adversarial_{PGD_STEPS[-1]}"]
+        metrics["constant_r"], [metrics["kl"][f"adversarial_{n}_largest"] for n in metrics["adv_steps"]]
         return metrics
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole metrics.json of eval.py ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is not a whole metrics.json of eval.py ({type(error).__name__}: {error})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,30 +370,26 @@ def table(metrics: dict, C: dict[str, int]) -> str:
     lines.append(f"{'target':20s} {metrics['ce']['target']:8.4f}")
     for mode in MODES:
         unrecovered, recovered = metrics["ce_unrecovered"][mode], metrics["compute_recovered"][mode]
-        lines.append(
-            f"{mode:20s} {metrics['ce'][mode]:8.4f} {metrics['kl'][mode]:9.4f} {unrecovered:15.2%} {recovered:18.1%}"
-        )
-    for n in PGD_STEPS:
-        lines.append(f"{f'adversarial_{n}':20s} {'':8s} {metrics['kl'][f'adversarial_{n}']:9.4f}")
+        numbers = f"{metrics['ce'][mode]:8.4f} {metrics['kl'][mode]:9.4f} {unrecovered:15.2%} {recovered:18.1%}"
+        lines.append(f"{mode:20s} {numbers}")
+    for n in metrics["adv_steps"]:
+        last, largest = metrics["kl"][f"adversarial_{n}"], metrics["kl"][f"adversarial_{n}_largest"]
+        lines.append(f"{f'adversarial_{n}':20s} {'':8s} {last:9.4f}   largest met {largest:.4f}")
+    l0, live = metrics["l0"]["per_matrix"], metrics["live"]["per_matrix"]
     lines += ["", f"{'':20s} {'C':>8s} {'live':>9s} {'L0':>15s}"]
-    for name in C:
-        lines.append(
-            f"{name:20s} {C[name]:8d} {metrics['live']['per_matrix'][name]:9d} {metrics['l0']['per_matrix'][name]:15.2f}"
-        )
     layers = list(dict.fromkeys(map(layer_of, C)))
-    for layer in layers if 1 < len(layers) < len(C) else []:
-        inside = [name for name in C if layer_of(name) == layer]
-        l0, live = (sum(metrics[key]["per_matrix"][name] for name in inside) for key in ("l0", "live"))
-        lines.append(f"{layer:20s} {sum(C[name] for name in inside):8d} {live:9d} {l0:15.2f}")
+    groups = {name: [name] for name in C} | {
+        layer: [name for name in C if layer_of(name) == layer] for layer in layers if 1 < len(layers) < len(C)
+    }
+    for what, inside in groups.items():
+        sums = [sum(of[name] for name in inside) for of in (C, live, l0)]
+        lines.append("{:20s} {:8d} {:9d} {:15.2f}".format(what, *sums))
     lines.append(
         f"{'total':20s} {metrics['live']['C']:8d} {metrics['live']['total']:9d} {metrics['l0']['total']:15.2f}"
     )
-    lines += [
-        "",
-        f"faithfulness {metrics['faithfulness']:.2e}   hidden MSE "
-        + ", ".join(f"{k} {v:.4f}" for k, v in metrics["hidden_mse"].items()),
-    ]
-    lines.append("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in metrics["seconds"].items()))
+    mse = ", ".join(f"{mode} {value:.4f}" for mode, value in metrics["hidden_mse"].items())
+    lines += ["", f"faithfulness {metrics['faithfulness']:.2e}   hidden MSE {mse}"]
+    lines.append("seconds: " + ", ".join(f"{part} {value:.0f}" for part, value in metrics["seconds"].items()))
     return "\n".join(lines)
 
 
@@ -325,35 +397,40 @@ def table(metrics: dict, C: dict[str, int]) -> str:
 # E. Figures
 
 COLOURS = {  # of the losses, and of the kinds of matrices
-    "adversarial": "#d55e00", "stochastic": "#0072b2", "importance": "#009e73", "frequency": "#e69f00", "faithfulness": "#7f7f7f", "total": "#000000",
+    "adversarial": "#d55e00", "stochastic": "#0072b2", "importance": "#009e73", "frequency": "#e69f00",
+    "faithfulness": "#7f7f7f", "total": "#000000",
     "q": "#0072b2", "k": "#56b4e9", "v": "#009e73", "o": "#e69f00", "up": "#d55e00", "down": "#cc79a7",
 }  # fmt: skip
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float], **options):
+    """matplotlib's (figure, axes), drawn without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
 
 
 def save_figure(figure, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     path.parent.mkdir(exist_ok=True)
-    with written(path) as temporary:
+    with run.written(path) as temporary:
         figure.savefig(temporary, dpi=150, bbox_inches="tight", format="png")
     plt.close(figure)
 
 
-def plot_losses(rows: list[dict], coefficients: dict[str, float], path: Path) -> None:
+def plot_losses(rows: list[dict], betas: dict[str, float], path: Path) -> None:
     """Each loss times its coefficient, as it enters L_VPD, and L0 and p, over the steps of training."""
-    from matplotlib import pyplot as plt
-
-    figure, (ax, ax_l0) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (ax, ax_l0) = subplots(1, 2, (11, 4))
+    rows = [row for row in rows if "total" in row]  # those of a short evaluation have other numbers
     steps = [row["step"] for row in rows]
-    for name, beta in (coefficients | {"total": 1.0}).items():
+    for name, beta in (betas | {"total": 1.0}).items():
         if name in rows[0]:
-            ax.plot(
-                steps,
-                [beta * row[name] for row in rows],
-                color=COLOURS[name],
-                lw=1.2,
-                label=name if name == "total" else f"{beta:g} × {name}",
-            )
+            label = name if name == "total" else f"{beta:g} × {name}"
+            ax.plot(steps, [beta * row[name] for row in rows], color=COLOURS[name], lw=1.2, label=label)
     ax.set(xlabel="step", ylabel="loss × coefficient", yscale="log", title="Losses")
     ax.set_ylim(top=8 * ax.get_ylim()[1])  # room for the legend
     ax.legend(fontsize=8, loc="upper right", ncols=2)
@@ -367,26 +444,17 @@ def plot_losses(rows: list[dict], coefficients: dict[str, float], path: Path) ->
 
 def plot_spectrum(mean_g: dict[str, np.ndarray], path: Path) -> None:
     """Sorted mean causal importance of every matrix; left of its dot a subcomponent is live."""
-    from matplotlib import pyplot as plt
-
     layers = list(dict.fromkeys(map(layer_of, mean_g)))
-    figure, axes = plt.subplots(1, len(layers), figsize=(5 * len(layers) + 1, 4), sharey=True, squeeze=False)
+    figure, axes = subplots(1, len(layers), (5 * len(layers) + 1, 4), sharey=True, squeeze=False)
     floor = 1e-9
+    for name, values in mean_g.items():
+        kind, values, n = name.rpartition(".")[2], np.sort(values)[::-1], int((values > ALIVE).sum())
+        ax, label = axes[0, layers.index(layer_of(name))], f"{kind}: {n} of {len(values)} live"
+        shown = np.maximum(values, floor)
+        (line,) = ax.plot(np.arange(1, len(values) + 1), shown, color=COLOURS.get(kind), lw=1.3, label=label)
+        if n:
+            ax.plot(n, values[n - 1], "o", color=line.get_color(), ms=5)
     for ax, layer in zip(axes[0], layers):
-        for name, values in mean_g.items():
-            if layer_of(name) != layer:
-                continue
-            kind, values, n = name.rpartition(".")[2], np.sort(values)[::-1], int((values > ALIVE).sum())
-            colour = COLOURS.get(kind)
-            (line,) = ax.plot(
-                np.arange(1, len(values) + 1),
-                np.maximum(values, floor),
-                color=colour,
-                lw=1.3,
-                label=f"{kind}: {n} of {len(values)} live",
-            )
-            if n:
-                ax.plot(n, values[n - 1], "o", color=line.get_color(), ms=5)
         ax.axhline(ALIVE, color="#7f7f7f", lw=0.8, ls=":")
         ax.set(xlabel="subcomponent, sorted", yscale="log", ylim=(floor / 2, 2), title=layer)
         ax.legend(fontsize=8, loc="upper right")
@@ -395,141 +463,101 @@ def plot_spectrum(mean_g: dict[str, np.ndarray], path: Path) -> None:
 
 
 def plot_importances(g: np.ndarray, tokens: list[str], path: Path) -> None:
-    """Causal importances g [T, C] of one text: subcomponents that pass 0.1 somewhere, in the order of hierarchical clustering."""
-    from matplotlib import pyplot as plt
+    """Causal importances g [T, C] of one text: subcomponents above 0.1 somewhere, in hierarchically clustered order."""
     from scipy.cluster.hierarchy import leaves_list, linkage
 
     g = g[:, g.max(0) > 0.1].T  # [subcomponents, T]
     if len(g) > 2:
         g = g[leaves_list(linkage(g, "average", metric="cosine"))]
-    figure, ax = plt.subplots(figsize=(0.17 * g.shape[1] + 1, 7))
-    image = ax.imshow(g, aspect="auto", cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
+    figure, ax = subplots(1, 1, (0.17 * g.shape[1] + 1, 7))
+    shown = g if len(g) else np.zeros((1, len(tokens)))
+    image = ax.imshow(shown, aspect="auto", cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6, family="monospace")
-    ax.set(
-        xlabel="position t: its token",
-        ylabel="subcomponent, by hierarchical clustering",
-        title=f"Causal importances of {len(g)} subcomponents on a validation text",
-    )
+    ax.set(xlabel="position t: its token", ylabel="subcomponent, by hierarchical clustering")
+    ax.set_title(f"Causal importances of {len(g)} subcomponents on a validation text")
     figure.colorbar(image, ax=ax, label="g", fraction=0.025, pad=0.01)
     save_figure(figure, path)
 
 
 def plot_ablations(runs: dict[str, dict], path: Path) -> None:
-    """How well g says what can be ablated: KL against the adversary's steps, and CE against one constant source value r.
+    """How well g says what can be ablated: KL against the adversary's steps, and CE against one constant source r.
 
-    runs: {label: metrics.json}; the paper's condition holds where both curves stay near the target's.
+    runs: {label: metrics.json}. The paper's condition holds where both curves stay near the target's.
     """
-    from matplotlib import pyplot as plt
-
-    figure, (ax_kl, ax_r) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (ax_kl, ax_r) = subplots(1, 2, (11, 4))
     for (label, metrics), colour in zip(runs.items(), ("#d55e00", "#0072b2")):
-        ax_kl.plot(
-            PGD_STEPS,
-            [metrics["kl"][f"adversarial_{n}"] for n in PGD_STEPS],
-            "o-",
-            color=colour,
-            label=f"{label}: adversarial r",
-        )
-        ax_kl.axhline(metrics["kl"]["stochastic"], color=colour, lw=1, ls=":", label=f"{label}: r ~ U(0, 1)")
+        steps, kl = metrics["adv_steps"], metrics["kl"]
+        largest = [kl[f"adversarial_{n}_largest"] for n in steps]
+        ax_kl.plot(steps, largest, "o-", color=colour, label=f"{label}: adversarial r, largest of {STARTS} starts")
+        ax_kl.axhline(kl["stochastic"], color=colour, lw=1, ls=":", label=f"{label}: r ~ U(0, 1)")
         ax_r.plot(metrics["constant_r"]["r"], metrics["constant_r"]["ce"], "o-", color=colour, label=label)
-    ax_kl.set(
-        xscale="log",
-        yscale="log",
-        xlabel="sign-ascent steps of the adversary",
-        ylabel="KL(target ‖ masked), nats a token",
-        title="Sources chosen by an adversary",
-    )
-    ax_kl.set_xticks(PGD_STEPS, map(str, PGD_STEPS))
+    ax_kl.set(xscale="log", yscale="log", xlabel="sign-ascent steps of the adversary")
+    ax_kl.set(ylabel="KL(target ‖ masked), nats a token", title="Sources chosen by an adversary")
+    ax_kl.set_xticks(steps, map(str, steps))
     ax_kl.set_xticks([], minor=True)
     ax_kl.set_ylim(top=2 * ax_kl.get_ylim()[1])  # room for the legend
     ax_r.axhline(metrics["ce"]["target"], color="#7f7f7f", lw=1, ls="--", label="target")
-    ax_r.set(
-        xlabel="r, the same for every subcomponent and Delta",
-        ylabel="CE, nats a token",
-        title="One constant source: m = g + (1 − g) r",
-    )
+    ax_r.set(xlabel="r, the same for every subcomponent and Delta", ylabel="CE, nats a token")
+    ax_r.set_title("One constant source: m = g + (1 − g) r")
     for ax in (ax_kl, ax_r):
         ax.legend(fontsize=8)
     save_figure(figure, path)
 
 
-def generations(run: Run, corpus: data.Corpus, seed: int, n_tokens: int = 64, width: int = 44) -> str:
+def generations(opened: Run, corpus: data.Corpus, seed: int, n_tokens: int = 64, width: int = 44) -> str:
     """Continuations of one validation prompt under several modes, side by side, all with the same random numbers."""
-    device, T, L = next(run.ci_fn.parameters()).device, run.config["T"], run.decomposition.L
-    prompt = corpus.batch("val", 1, 1, T, seed)[:, : max(1, T // 2)].to(device)
+    T, decomposition = opened.config["T"], opened.decomposition
+    prompt = corpus.batch("val", 1, 1, T, seed)[:, : max(1, T // 2)].to(opened.device)
     columns = []
     for mode in ("target", "stochastic", "rounded_0.0", "zero"):
-        mask_generator = torch.Generator(device).manual_seed(seed)
+        mask_generator = torch.Generator(opened.device).manual_seed(seed)
 
         def f(tokens: Tensor) -> Tensor:
-            output, g = run.importances(tokens)
-            return output if mode == "target" else run.decomposition(tokens, masks(mode, g, L, mask_generator))
+            hidden, g, _ = opened.importances(tokens)
+            if mode != "target":
+                hidden = decomposition(tokens, masks(mode, g, decomposition.L, mask_generator))
+            return opened.logits(hidden)
 
-        ids = generate(f, prompt, n_tokens, T, torch.Generator(device).manual_seed(seed))[0, prompt.shape[1] :]
-        text = corpus.encoding.decode(ids.tolist()).expandtabs(4)
-        lines = [line[i : i + width] for line in text.splitlines() for i in range(0, max(1, len(line)), width)]
-        columns.append(
-            [
-                mode,
-                "-" * width,
-                *("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines),
-            ]
+        generator = torch.Generator(opened.device).manual_seed(seed)
+        text = corpus.encoding.decode(generate(f, prompt, n_tokens, T, generator)[0, prompt.shape[1] :].tolist())
+        wrapped = (
+            line[i : i + width] for line in text.expandtabs(4).splitlines() for i in range(0, max(1, len(line)), width)
         )
+        lines = ["".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in wrapped]
+        columns.append([mode, "-" * width, *lines])
     height = max(map(len, columns))
     rows = zip(*(column + [""] * (height - len(column)) for column in columns))
-    return (
-        "prompt:\n"
-        + corpus.encoding.decode(prompt[0].tolist())
-        + "\n\n"
-        + "\n".join(" | ".join(f"{cell:{width}s}" for cell in row).rstrip() for row in rows)
-        + "\n"
-    )
+    side_by_side = "\n".join(" | ".join(f"{cell:{width}s}" for cell in row).rstrip() for row in rows)
+    return f"prompt:\n{corpus.encoding.decode(prompt[0].tolist())}\n\n{side_by_side}\n"
 
 
-def report(run: Run, config: Config) -> dict:
+def report(opened: Run, corpus: data.Corpus, config: Config) -> dict:
     """Evaluate a run, print the table, write metrics.json, figures/*.png and generations.txt; returns the metrics."""
-    corpus = data.load(
-        run.config["dataset"], config.data_dir or run.config["data_dir"], run.config.get("max_tokens", 0)
-    )
-    check_vocabulary(run.folder, run.checkpoint["target"], corpus)
-    runs = {}
-    if config.against and Path(config.against) != run.folder:
-        runs[config.against] = read_metrics(config.against)
-    metrics, mean_g = evaluate(run, corpus, config)
-    runs = {str(run.folder): metrics} | runs
-    with written(run.folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(table(metrics, run.decomposition.C))
+    against = {}
+    if config.against and Path(config.against) != opened.folder:
+        against = {config.against: read_metrics(config.against)}
+    metrics, mean_g = evaluate(opened, corpus, config)
+    run.write_text(opened.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print(table(metrics, opened.decomposition.C))
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    figures, c = run.folder / "figures", run.config
-    betas = {
-        "adversarial": c["beta_adv"],
-        "stochastic": c["beta_stoch"],
-        "importance": c["beta_imp"],
-        "frequency": c["beta_freq"],
-        "faithfulness": c["beta_delta"],
-    }
-    plot_losses(read_log(run.folder), betas, figures / "losses.png")
+    figures, c = opened.folder / "figures", opened.config
+    betas = {"adversarial": c["beta_adv"], "stochastic": c["beta_stoch"], "importance": c["beta_imp"]}
+    betas |= {"frequency": c["beta_freq"], "faithfulness": c["beta_delta"]}
+    plot_losses(run.read_log(opened.folder), betas, figures / "losses.png")
     plot_spectrum(mean_g, figures / "spectrum.png")
-    x = corpus.batch("val", 0, 1, c["T"], config.seed)[:, :-1]
-    _, g = run.importances(x.to(next(run.ci_fn.parameters()).device))
+    x = validation_windows(corpus, 1, c["T"], config.seed)[:, :-1]
+    g = opened.importances(x.to(opened.device))[1][0].float().cpu().numpy()
     tokens = [repr(corpus.encoding.decode([t]).replace(" ", "·"))[1:-1] for t in x[0].tolist()]
-    plot_importances(
-        g[0].float().cpu().numpy(), [t if len(t) < 12 else t[:11] + "…" for t in tokens], figures / "importances.png"
-    )
-    plot_ablations(runs, figures / "ablations.png")
-    with written(run.folder / "generations.txt") as temporary:
-        temporary.write_text(generations(run, corpus, config.seed), encoding="utf-8")
-    print(f"written: {run.folder}/metrics.json, {figures}/*.png, {run.folder}/generations.txt")
+    plot_importances(g, [t if len(t) < 12 else t[:11] + "…" for t in tokens], figures / "importances.png")
+    plot_ablations({str(opened.folder): metrics} | against, figures / "ablations.png")
+    run.write_text(opened.folder / "generations.txt", generations(opened, corpus, config.seed))
+    print(f"written: {opened.folder}/metrics.json, {figures}/*.png, {opened.folder}/generations.txt")
     return metrics
 
 
 def main(config: Config) -> None:
-    report(load_run(config.run, pick_device(config.device)), config)
+    report(*open_run(config.run, config.data_dir, config.device), config)
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run.run_script(main, Config, __doc__)

@@ -2,7 +2,7 @@
 
   A. masks        mask, sample_sources, sample_routing
   B. divergence   kl_divergence, HiddenKL, mse
-  C. five losses  faithfulness, importance_minimality, frequency_minimality, stochastic_ and adversarial_reconstruction
+  C. five losses  reconstruction (stochastic or adversarial), importance_ and frequency_minimality, faithfulness
   D. Adversary    persistent sources that ascend the reconstruction loss (PPGD)
 
 Where gradients flow: U and V learn from faithfulness and both reconstructions; Gamma from both reconstructions through
@@ -11,7 +11,6 @@ g_lower and from both minimalities through g_upper; the sources from the adversa
 Shapes are written for sequences, [B, T, ...]; inputs without a sequence axis, [B, ...], work alike.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Literal
 
@@ -31,7 +30,7 @@ EPS = 1e-12  # keeps (g + eps)^p differentiable at g = 0
 def mask(g: Tensor, r: Tensor) -> Tensor:
     """m = g + (1 - g) r in [g, 1]; for the Deltas, whose importance is 0, m = r.
 
-    g [B, T, C] in [0, 1]; r [..., C + L] in [0, 1], any shape that broadcasts with g up to the last axis; m [..., C + L].
+    g [B, T, C] in [0, 1]; r [..., C + L] in [0, 1], broadcasting with g up to the last axis; m [..., C + L].
     """
     g = F.pad(g, (0, r.shape[-1] - g.shape[-1]))
     return torch.lerp(r, torch.ones((), device=r.device, dtype=r.dtype), g.to(r.dtype))  # r + g (1 - r), in one pass
@@ -61,15 +60,13 @@ def kl_divergence(target_logits: Tensor, masked_logits: Tensor) -> Tensor:
 
 
 class HiddenKL:
-    """kl_divergence from last hidden states [..., d] and the frozen unembedding [vocab, d], so that [B, T, vocab] is never held.
+    """kl_divergence from last hidden states [..., d_model] and the frozen unembedding [vocab, d_model]: what runs.
 
-    Takes `chunk` positions at a time and makes the gradient to the masked hidden state on the way: nothing of a chunk is kept.
-    The target's hidden state gets no gradient.
+    Takes `chunk` positions at a time and makes the gradient to the masked hidden state on the way, so that logits
+    [B, T, vocab] are never held. The target's hidden state gets no gradient.
     """
 
-    CHUNK = 2048  # positions
-
-    def __init__(self, unembedding: Tensor, chunk: int = CHUNK) -> None:
+    def __init__(self, unembedding: Tensor, chunk: int = 2048) -> None:
         self.unembedding, self.chunk = unembedding, chunk
 
     def __call__(self, target_hidden: Tensor, masked_hidden: Tensor) -> Tensor:
@@ -80,12 +77,13 @@ class ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, target_hidden: Tensor, masked_hidden: Tensor, unembedding: Tensor, chunk: int) -> Tensor:
         n, total, grads = len(masked_hidden), torch.zeros((), device=masked_hidden.device), []
-        for h_p, h_q in zip(target_hidden.split(chunk), masked_hidden.split(chunk)):
-            log_p = F.linear(h_p, unembedding).float().log_softmax(-1)  # [chunk, vocab]
-            log_q = F.linear(h_q, unembedding).float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
-            grads.append((log_q.exp() - p).to(h_q.dtype) @ unembedding.to(h_q.dtype))  # d KL / d logits = q - p
+        for of_target, of_masked in zip(target_hidden.split(chunk), masked_hidden.split(chunk)):
+            log_p = F.linear(of_target, unembedding).float().log_softmax(-1)  # [chunk, vocab]
+            log_q = F.linear(of_masked, unembedding).float().log_softmax(-1)
+            probability = log_p.exp()
+            total += (probability * (log_p - log_q)).sum()
+            grad = (log_q.exp() - probability).to(of_masked.dtype)  # d KL / d logits of the masked model
+            grads.append(grad @ unembedding.to(of_masked.dtype))
         ctx.save_for_backward(torch.cat(grads) / n)
         return total / n
 
@@ -103,48 +101,6 @@ def mse(target_output: Tensor, masked_output: Tensor) -> Tensor:
 # C. The five losses
 
 
-def faithfulness(decomposition: Decomposition) -> Tensor:
-    """L_faithfulness: mean of Delta^2 over all N decomposed weights. Gradients to U and V."""
-    Deltas = [decomposition.Delta(name) for name in decomposition.names]
-    return sum(Delta.float().pow(2).sum() for Delta in Deltas) / sum(Delta.numel() for Delta in Deltas)
-
-
-def power_sums(g: Tensor, p: float | Tensor) -> Tensor:
-    """s_c = sum_{b,t} (g + eps)^p, [C], for g = g_upper [B, T, C]: what both minimality terms are made of; in fp32."""
-    # exp(p log .) and not pow, whose backward pass would take a second power: 3 times faster, the same to rounding.
-    return (p * (g.float() + EPS).log()).exp().flatten(0, -2).sum(0)
-
-
-def importance_minimality(g: Tensor, p: float | Tensor) -> Tensor:
-    """L_importance-minimality = 1/(BT) sum_{b,t,c} (g + eps)^p, with g = g_upper [B, T, C]. Gradients to Gamma."""
-    return power_sums(g, p).sum() / g[..., 0].numel()
-
-
-def frequency_minimality(g: Tensor, p: float | Tensor) -> Tensor:
-    """L_frequency-minimality = 1/(BT) sum_c s_c log2(1 + s_c), with s_c = sum_{b,t} (g + eps)^p. Gradients to Gamma.
-
-    PAPER: the draft writes one datapoint's term, without 1/(BT). The mean over positions is the published form; the sum
-    inside the logarithm stays over the whole batch, so the loss grows with the logarithm of the batch.
-    """
-    s = power_sums(g, p)
-    return (s * torch.log2(1 + s)).sum() / g[..., 0].numel()
-
-
-def minimality(
-    g: Tensor, p: float | Tensor, whole: Callable[[Tensor], Tensor] | None = None, n_parts: int = 1
-) -> tuple[Tensor, Tensor]:
-    """(importance_minimality, frequency_minimality) from one pass over g, as both need the same powers.
-
-    Where g is one of the n_parts equal parts of a batch (of several processes, or one after the other), `whole` gives the
-    batch's s_c from this part's. The values are then those of the whole batch, and so is the gradient once it has been
-    averaged over the parts: d s_c / d g is the same whether s_c sums over the part or over the batch.
-    """
-    s, n_positions = power_sums(g, p), n_parts * g[..., 0].numel()
-    if whole is not None:
-        s = whole(s.detach()) + n_parts * (s - s.detach())  # the batch's value, n_parts times this part's gradient
-    return s.sum() / n_positions, (s * torch.log2(1 + s)).sum() / n_positions
-
-
 def reconstruction(
     decomposition: Decomposition,
     x: Tensor,
@@ -155,10 +111,17 @@ def reconstruction(
     divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
     frozen: bool = False,
 ) -> Tensor:
-    """1/S sum_s D(f(x | W), f(x | W'(x, r^(s)))): what the two reconstruction losses share.
+    """1/S sum_s D(f(x | W), f(x | W'(x, r^(s)))): both reconstruction losses, which differ in r alone.
 
-    x [B, ...]; target_output = f(x | W); g = g_lower [B, T, C]; r [S, B, T, C + L], or [S, 1, 1, C + L] for sources that the batch shares; routing bool [S, B, T, L], None masks every
-    matrix. The S samples go through the model as one batch. frozen: no gradient for U and V.
+    L_stochastic-recon: r of `sample_sources`, routing of `sample_routing`. Gradients to U, V and, through g, Gamma.
+    L_adversarial-recon: the `Adversary`'s r, which stand in for the maximum over r. Gradients to U, V, Gamma and r: the
+    same backward pass serves the descent and the last ascent of a step. With `frozen` and a detached g, to r alone.
+
+    x [B, ...]; target_output = f(x | W); g = g_lower [B, T, C]; r [S, B, T, C + L] or broadcastable to it; routing bool
+    [S, B, T, L], None masks every matrix. The S samples go through as one batch.
+
+    PAPER: the text masks a random subset of the matrices in both losses; the authors' released configuration masks all
+    of them in the adversarial one. Ours does as the latter unless --adv_routing=subset says otherwise.
     """
     S = r.shape[0]
     m = mask(g, r).flatten(0, 1)  # [S * B, T, C + L]
@@ -167,96 +130,70 @@ def reconstruction(
     return divergence(target_output, decomposition(x, m, None if routing is None else routing.flatten(0, 1), frozen))
 
 
-def stochastic_reconstruction(
-    decomposition: Decomposition,
-    x: Tensor,
-    target_output: Tensor,
-    g: Tensor,
-    generator: torch.Generator,
-    S: int = 1,
-    divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
-    reconstruct: Callable[..., Tensor] = reconstruction,
-) -> Tensor:
-    """L_stochastic-recon: fresh r ~ U(0, 1) at every position, masking a random subset of the matrices there.
+def power_sums(g: Tensor, p: float | Tensor) -> Tensor:
+    """s_c = sum_{b,t} (g + eps)^p, [C], for g = g_upper [B, T, C]: what both minimality terms are made of; in fp32."""
+    # exp(p log .) and not pow, whose backward pass would take a second power: 3 times faster, the same to rounding.
+    return (p * (g.float() + EPS).log()).exp().flatten(0, -2).sum(0)
 
-    Gradients to U, V and, through g, to Gamma. Arguments as `reconstruction`; `reconstruct` is it, or its compiled twin.
+
+def importance_minimality(s: Tensor, n: int) -> Tensor:
+    """L_importance-minimality = 1/n sum_{b,t,c} (g + eps)^p = 1/n sum_c s_c, n = B T positions. Gradients to Gamma."""
+    return s.sum() / n
+
+
+def frequency_minimality(s: Tensor, n: int) -> Tensor:
+    """L_frequency-minimality = 1/n sum_c s_c log2(1 + s_c), s = `power_sums` of a whole batch of n = B T positions.
+
+    Gradients to Gamma.
+
+    PAPER: the draft writes one datapoint's term, without 1/n. The mean over positions is the published form; the sum
+    inside the logarithm stays over the whole batch, so the loss grows with the logarithm of the batch.
     """
-    L = decomposition.L
-    r = sample_sources((S, *g.shape[:-1], g.shape[-1] + L), generator)
-    routing = sample_routing((S, *g.shape[:-1]), L, generator)
-    return reconstruct(decomposition, x, target_output, g, r, routing, divergence)
+    return (s * torch.log2(1 + s)).sum() / n
 
 
-def adversarial_reconstruction(
-    decomposition: Decomposition,
-    x: Tensor,
-    target_output: Tensor,
-    g: Tensor,
-    r: Tensor,
-    routing: Tensor | None = None,
-    divergence: Callable[[Tensor, Tensor], Tensor] = kl_divergence,
-    frozen: bool = False,
-    reconstruct: Callable[..., Tensor] = reconstruction,
-) -> Tensor:
-    """L_adversarial-recon at the adversary's sources r, which stand in for the maximum over r.
-
-    Gradients to U, V, Gamma and r: the same backward pass serves the descent and the last ascent of the step. With
-    `frozen` and a detached g, to r alone. Arguments as `reconstruction`; `reconstruct` is it, or its compiled twin.
-
-    PAPER: the text masks a random subset of the matrices here too; the authors' released configuration masks all of them.
-    Ours masks all unless `routing` says otherwise.
-    """
-    return reconstruct(decomposition, x, target_output, g, r, routing, divergence, frozen)
+def faithfulness(decomposition: Decomposition) -> Tensor:
+    """L_faithfulness: mean of Delta^2 over all N decomposed weights, in fp32. Gradients to U and V."""
+    Deltas = [decomposition.Delta(name) for name in decomposition.names]
+    return sum(Delta.float().pow(2).sum() for Delta in Deltas) / sum(Delta.numel() for Delta in Deltas)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # D. The adversary
 
+ADAM_EPS = 1e-8
+
 
 def adam_ascent(
     r: Tensor, grad_r: Tensor, mom1: Tensor, mom2: Tensor, count: Tensor, lr: Tensor, beta1: float, beta2: float
 ) -> None:
-    """One Adam step uphill, in place, then r is clamped to [0, 1]. Shapes of r, grad_r, mom1, mom2 agree; count, lr are scalars."""
+    """One Adam step uphill, in place, then r is clamped to [0, 1]. count and lr are scalars, the rest of one shape."""
     count += 1
     mom1.lerp_(grad_r, 1 - beta1)
     mom2.lerp_(grad_r.square(), 1 - beta2)
     size = lr / (1 - beta1**count)
-    r.add_(size * mom1 / ((mom2 / (1 - beta2**count)).sqrt() + Adversary.ADAM_EPS)).clamp_(0, 1)
+    r.add_(size * mom1 / ((mom2 / (1 - beta2**count)).sqrt() + ADAM_EPS)).clamp_(0, 1)
 
 
 class Adversary:
     """Persistent sources r that live across steps and ascend the adversarial loss (PPGD).
 
     scope `position`: r [S, B, T, C + L], one source per position; `batch`: r [S, 1, 1, C + L], one per subcomponent,
-    shared by the whole batch, of all processes. Starts at U(0, 1). After each of the n_adv ascents of a step r is clamped to [0, 1].
+    shared by the whole batch, of all processes. r starts at U(0, 1) and stays in [0, 1] after every ascent.
     """
 
-    ADAM_EPS = 1e-8
-
     def __init__(
-        self,
-        positions: tuple[int, ...],
-        n_sources: int,
-        generator: torch.Generator,
-        S: int = 1,
-        scope: Literal["position", "batch"] = "position",
-        betas: tuple[float, float] = (0.5, 0.99),
-    ) -> None:
+        self, positions: tuple[int, ...], n_sources: int, generator: torch.Generator, S: int = 1,
+        scope: Literal["position", "batch"] = "position", betas: tuple[float, float] = (0.5, 0.99),
+    ) -> None:  # fmt: skip
         axes = positions if scope == "position" else (1,) * len(positions)
         self.r = sample_sources((S, *axes, n_sources), generator)
         self.mom1, self.mom2 = torch.zeros_like(self.r), torch.zeros_like(self.r)
         self.count = torch.zeros((), device=self.r.device)
         self.betas, self.shared = betas, scope == "batch"
+        self.update = adam_ascent  # or its compiled twin
         if self.shared:
             distributed.broadcast_([self.r])
-
-    def parts(self, n: int) -> list["Adversary"]:
-        """An Adversary for each of n equal parts of the batch: its r and moments are views of these, its count is its own."""
-        assert n == 1 or not self.shared, "sources that the batch shares need the gradient of all of it"
-        parts = [copy.copy(self) for _ in range(n)]
-        for part, r, mom1, mom2 in zip(parts, *(t.chunk(n, 1) for t in (self.r, self.mom1, self.mom2))):
-            part.r, part.mom1, part.mom2, part.count = r, mom1, mom2, self.count.clone()
-        return parts
 
     def gradient(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """d loss(r) / d r, without a gradient for anything else."""
@@ -264,15 +201,20 @@ class Adversary:
         return torch.autograd.grad(loss(r), r)[0]
 
     @torch.no_grad()
-    def ascend(self, grad_r: Tensor, lr: float, update: Callable[..., None] = adam_ascent) -> None:
-        """r <- clamp(r + lr * Adam(grad_r), 0, 1). `update`: `adam_ascent` or its compiled twin."""
-        if self.shared:
-            distributed.sum_([grad_r])
-        update(self.r, grad_r, self.mom1, self.mom2, self.count, torch.full((), lr, device=self.r.device), *self.betas)
+    def ascend(self, grad_r: Tensor, lr: float) -> None:
+        """r <- clamp(r + lr * Adam(grad_r), 0, 1), for the gradient of this process's loss."""
+        grad_r = distributed.mean(grad_r) if self.shared else grad_r / distributed.world()  # of the whole batch's loss
+        lr = torch.full((), lr, device=self.r.device)
+        self.update(self.r, grad_r, self.mom1, self.mom2, self.count, lr, *self.betas)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"r": self.r, "mom1": self.mom1, "mom2": self.mom2, "count": self.count}
+        """In the first process r and its moments are those of the whole batch: to be called by all."""
+        of_rows = {"r": self.r, "mom1": self.mom1, "mom2": self.mom2}
+        if not self.shared:
+            of_rows = {name: torch.cat(distributed.gathered(value), 1) for name, value in of_rows.items()}
+        return of_rows | {"count": self.count}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, value in self.state_dict().items():
-            value.copy_(state[name])
+        for name in ("r", "mom1", "mom2"):
+            getattr(self, name).copy_(state[name] if self.shared else distributed.rows(state[name], dim=1))
+        self.count.copy_(state["count"])

@@ -1,23 +1,27 @@
 """f(x | W) and f(x | W'): a small decoder-only language model, and the masked twin that VPD makes of any model.
 
   A. GPT            the target f(x | W): RMSNorm, RoPE, attention, GELU MLP. It knows nothing of the method.
-  B. Decomposition  every chosen weight matrix as W = U V^T + Delta, ablated by masks (paper, "Method"; its equation for W').
+  B. Decomposition  every chosen weight matrix as W = U V^T + Delta, ablated by masks (paper, "Method", W').
 
-The target needs no surgery. While `Decomposition.forward` runs, each `F.linear` whose weight is a chosen W^l is answered
-with W'^l(m) x instead; when it returns nothing is left behind, so masks are an argument and never a mode of a layer.
+The target needs no surgery. While `Decomposition.forward` runs, each `F.linear` whose weight is a chosen W^l is
+answered with W'^l(m) x instead. When it returns nothing is left behind: masks are an argument, never a mode of a layer.
 
-Left out: embeddings and biases are not decomposed; no key-value cache (generation recomputes its context); a target that
-recomputes its own activations in the backward pass (recompute the whole masked forward instead).
+Left out: embeddings and biases are not decomposed; no key-value cache; a target that recomputes its own activations in
+the backward pass.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from run import UserError, require
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. The target f(x | W)
@@ -33,16 +37,14 @@ class GPTConfig:
     d_mlp: int = 256
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        require(self, "above 0", *vars(self))
         if self.d_model % (2 * self.n_head):
-            raise ValueError(f"d_model={self.d_model}: RoPE needs a multiple of 2 * n_head={2 * self.n_head}")
+            raise UserError(f"d_model={self.d_model}: RoPE needs a multiple of 2 * n_head={2 * self.n_head}")
 
 
 def rms_norm(x: Tensor) -> Tensor:
     """x / RMS(x) over the last dimension, without a learned scale."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def rope(x: Tensor, base: float = 10_000.0) -> Tensor:
@@ -56,7 +58,7 @@ def rope(x: Tensor, base: float = 10_000.0) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RoPE, four matrices q, k, v, o without biases. Causal for f, bidirectional for Gamma."""
+    """Multi-head attention with RoPE; q, k, v, o without biases. Causal for f, bidirectional for Gamma."""
 
     def __init__(self, d_model: int, n_head: int, causal: bool) -> None:
         super().__init__()
@@ -104,15 +106,15 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config.d_model, config.n_head, config.d_mlp, causal=True, bias=False) for _ in range(config.n_layer)
         )
-        for name, p in self.named_parameters():
-            # The matrices that write to the residual stream start smaller, so that its variance does not grow with depth.
+        for name, weight in self.named_parameters():
+            # What writes to the residual stream starts smaller, so that its variance does not grow with depth.
             into_stream = name.endswith(("o.weight", "down.weight"))
-            nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if into_stream else 0.02)
+            nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5 if into_stream else 0.02)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """The last hidden state, normalised, [B, T, d_model]: `unembedding` makes it logits."""
         if tokens.shape[-1] > self.config.context:
-            raise ValueError(f"T={tokens.shape[-1]} tokens: the target's context is {self.config.context}")
+            raise UserError(f"T={tokens.shape[-1]} tokens: the target's context is {self.config.context}")
         x = self.embed(tokens)  # [B, T, d_model]
         for block in self.blocks:
             x = block(x)
@@ -127,33 +129,41 @@ class GPT(nn.Module):
         return F.linear(self.hidden(tokens), self.unembedding)
 
 
-@torch.no_grad()
-def generate(f: Callable[[Tensor], Tensor], tokens: Tensor, n: int, context: int, generator: torch.Generator) -> Tensor:
-    """`tokens` [1, T] followed by n tokens drawn from softmax(f(.)) one after the other, each given the last `context`."""
-    for _ in range(n):
-        p = f(tokens[:, -context:])[:, -1].float().softmax(-1)  # [1, vocab]
-        tokens = torch.cat((tokens, torch.multinomial(p, 1, generator=generator)), 1)
-    return tokens
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # B. The masked twin f(x | W'(m))
 
 
-class LinearsAnswered(TorchFunctionMode):
-    """Inside this context `answer[i](x, F.linear(x, W, b))` replaces F.linear(x, W, b) wherever W is weights[i]."""
+def masked_product(x: Tensor, Wx: Tensor, m: Tensor, m_Delta: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """W' x for W' = sum_c U_c m_c V_c^T + m_Delta Delta, with Delta = W - U V^T, which is never formed:
 
-    def __init__(self, weights: list[Tensor], answer: list) -> None:
+        W' x = m_Delta W x + U ((m - m_Delta) * V^T x)
+
+    x [..., d_in], Wx [..., d_out], m [..., C], m_Delta [..., 1], U [d_out, C], V [d_in, C]; the result is [..., d_out].
+
+    PAPER: the draft's W' is the sum alone. Delta with a mask of its own is in the published method, which we follow.
+    """
+    return m_Delta * Wx + F.linear((m - m_Delta) * (x @ V), U)
+
+
+def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, but its inner activations are not kept: the backward pass computes them again."""
+    return lambda *args: checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class LinearsAnswered(TorchFunctionMode):
+    """Inside this context answer(l, x, F.linear(x, W, b)) replaces F.linear(x, W, b) for the W of each layers[l]."""
+
+    def __init__(self, layers: list[nn.Linear], answer: Callable[[int, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.weights, self.answer = weights, answer
+        self.weights, self.answer = [layer.weight for layer in layers], answer
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is F.linear:
             x, weight = (lambda input, weight, bias=None: (input, weight))(*args, **(kwargs or {}))
-            for W, answer in zip(self.weights, self.answer):
+            for l, W in enumerate(self.weights):
                 if weight is W:
-                    return answer(x, out)
+                    return self.answer(l, x, out)
         return out
 
 
@@ -161,25 +171,21 @@ class Decomposition(nn.Module):
     """Rank-one subcomponents U_c V_c^T of chosen matrices of `target`, which is frozen and otherwise left alone.
 
     target: any module that applies `nn.Linear` layers.
-    hidden: f and f' end with the target's last hidden state, `target.hidden(x)`, instead of its output: for a divergence that
-       applies the unembedding itself.
-    C: subcomponents per matrix, {glob pattern over module names: count}, the first pattern that matches counts;
-       an int gives every nn.Linear that many.
-    Attributes: `names` in column order, `C` {name: C_l}, `U[name]` [d_out, C_l], `V[name]` [d_in, C_l].
-    ValueError if a pattern matches no nn.Linear, a count is below 1, or two chosen layers share one weight.
+    C: subcomponents per matrix, {glob pattern over module names: count}, the first match counts; an int: for each.
+    ends_in: f(x | W) is the target's output, or its last hidden state `target.hidden(x)`, for `losses.HiddenKL`.
+    memory_budget: share of the matrices whose masked product keeps its activations for the backward pass.
+    Attributes: `names` in column order, `C` {name: C_l}, `L`, `U[name]` [d_out, C_l], `V[name]` [d_in, C_l].
+    UserError if a pattern matches no nn.Linear, a count is below 1, or two chosen layers share one weight.
 
     Initialisation: V ~ N(0, 1/d_in), U ~ N(0, 1/C_l).
     """
 
     def __init__(
-        self,
-        target: nn.Module,
-        C: int | Mapping[str, int],
-        generator: torch.Generator | None = None,
-        hidden: bool = False,
-    ) -> None:
+        self, target: nn.Module, C: int | Mapping[str, int], generator: torch.Generator | None = None,
+        ends_in: Literal["output", "hidden"] = "output", memory_budget: float = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.target, self.hidden = target.requires_grad_(False).eval(), hidden
+        self.target, self.ends_in, self.memory_budget = target.requires_grad_(False).eval(), ends_in, memory_budget
         self.C = match_linears(target, {"*": C} if isinstance(C, int) else C)
         self.names = list(self.C)
         self.L = len(self.names)
@@ -187,7 +193,7 @@ class Decomposition(nn.Module):
         owner = {}
         for name, layer in zip(self.names, self.layers):
             if owner.setdefault(id(layer.weight), name) != name:
-                raise ValueError(f"{name} and {owner[id(layer.weight)]} share one weight: decompose only one of them")
+                raise UserError(f"{name} and {owner[id(layer.weight)]} share one weight: decompose only one of them")
 
         self.U, self.V = {}, {}
         for name, layer in zip(self.names, self.layers):
@@ -198,8 +204,8 @@ class Decomposition(nn.Module):
             self.register_parameter("V:" + name.replace(".", "/"), self.V[name])
 
     def f(self, x: Tensor) -> Tensor:
-        """f(x | W), or where `hidden` says so the last hidden state on its way there."""
-        return self.target.hidden(x) if self.hidden else self.target(x)
+        """f(x | W): the target's output, or its last hidden state, as `ends_in` says."""
+        return self.target.hidden(x) if self.ends_in == "hidden" else self.target(x)
 
     def subcomponents(self) -> list[nn.Parameter]:
         """U and V of every matrix: what descends, without the target's own weights."""
@@ -207,7 +213,7 @@ class Decomposition(nn.Module):
 
     def subcomponents_state(self) -> dict[str, Tensor]:
         """U and V for a checkpoint: the state_dict without the target."""
-        return {name: p for name, p in self.state_dict().items() if not name.startswith("target.")}
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("target.")}
 
     def load_subcomponents(self, state: dict[str, Tensor]) -> None:
         self.load_state_dict(self.target.state_dict(prefix="target.") | state)
@@ -223,76 +229,59 @@ class Decomposition(nn.Module):
     def target_pass(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """f(x | W) and the input of every decomposed matrix, in the order of `names`: ([B, T, out], L x [B, T, d_in]).
 
-        Neither carries a gradient (paper: Gamma reads the activations of the target, which is not trained). ValueError if
-        a chosen nn.Linear is not applied exactly once.
+        Neither carries a gradient: Gamma reads the activations of the target, which is not trained. UserError if a
+        chosen nn.Linear is not applied exactly once.
         """
         inputs: list[Tensor | None] = [None] * self.L
 
-        def recorder(i):
-            def record(x, Wx):
-                if inputs[i] is not None:
-                    raise ValueError(
-                        f"{self.names[i]} is applied more than once in a forward pass, so it cannot be decomposed"
-                    )
-                inputs[i] = x.detach()
-                return Wx
+        def record(l: int, x: Tensor, Wx: Tensor) -> Tensor:
+            if inputs[l] is not None:
+                raise UserError(f"{self.names[l]} is applied more than once: it cannot be decomposed")
+            inputs[l] = x.detach()
+            return Wx
 
-            return record
-
-        with torch.no_grad(), LinearsAnswered([l.weight for l in self.layers], [recorder(i) for i in range(self.L)]):
+        with torch.no_grad(), LinearsAnswered(self.layers, record):
             output = self.f(x)
-        unseen = [name for name, seen in zip(self.names, inputs) if seen is None]
+        unseen = ", ".join(name for name, seen in zip(self.names, inputs) if seen is None)
         if unseen:  # it could not be masked either
-            raise ValueError(
-                f"{', '.join(unseen)}: the target's forward pass does not apply this nn.Linear, so it cannot be decomposed"
-            )
+            raise UserError(f"{unseen}: never applied by the target's forward pass, so it cannot be decomposed")
         return output, inputs
 
-    def forward(
-        self, x: Tensor, m: Tensor | None = None, routing: Tensor | None = None, frozen: bool = False
-    ) -> Tensor:
-        """f(x | W'(m)), the paper's masked forward pass; with m=None exactly the target.
+    def forward(self, x: Tensor, m: Tensor | None = None, routing: Tensor | None = None, frozen=False) -> Tensor:
+        """f(x | W'(m)), the paper's masked forward pass; with m=None exactly f(x | W).
 
         m: masks [B, T, C + L] (or broadcastable to it), the subcomponents in the order of `names`, then one for each
            Delta^l. All ones give the target's own output.
         routing: bool [B, T, L], True where matrix l is masked; False keeps its original W^l there. None masks all.
         frozen: no gradient for U and V, for the adversary's ascent.
-
-        W' = sum_c U_c m_c V_c^T + m_Delta (W - U V^T), applied to x without forming Delta:
-            W' x = m_Delta W x + U ((m - m_Delta) * V^T x)        (a bias is added once, unmasked)
-
-        PAPER: the draft's W' is the sum alone; Delta, with a mask of its own, is in the published method, which we follow.
+        A bias is added once, unmasked.
         """
         if m is None:
             return self.f(x)
         *ms, m_Deltas = m.split([*self.C.values(), self.L], dim=-1)
-        m_Deltas = m_Deltas.split(1, dim=-1)  # L x [B, T, 1]
 
-        def masked(i):
-            U, V, bias = self.U[self.names[i]], self.V[self.names[i]], self.layers[i].bias
+        def masked(l: int, x: Tensor, Wx: Tensor) -> Tensor:
+            U, V, bias = self.U[self.names[l]], self.V[self.names[l]], self.layers[l].bias
             if frozen:
                 U, V = U.detach(), V.detach()
+            Wx = Wx if bias is None else Wx - bias
+            product = masked_product if l < self.memory_budget * self.L else recomputed(masked_product)
+            y = product(x, Wx, ms[l], m_Deltas[..., l : l + 1], U, V)
+            if routing is not None:
+                y = torch.where(routing[..., l : l + 1], y, Wx)
+            return y if bias is None else y + bias
 
-            def answer(x, Wx):
-                Wx = Wx if bias is None else Wx - bias
-                y = m_Deltas[i] * Wx + F.linear((x @ V) * (ms[i] - m_Deltas[i]), U)
-                if routing is not None:
-                    y = torch.where(routing[..., i : i + 1], y, Wx)
-                return y if bias is None else y + bias
-
-            return answer
-
-        with LinearsAnswered([l.weight for l in self.layers], [masked(i) for i in range(self.L)]):
+        with LinearsAnswered(self.layers, masked):
             return self.f(x)
 
 
 def match_linears(target: nn.Module, C: Mapping[str, int]) -> dict[str, int]:
-    """{module name: C_l} of every nn.Linear that a pattern matches, in the target's own order. ValueError: see above."""
+    """{module name: C_l} of every nn.Linear that a pattern matches, in the target's own order. UserError: see above."""
     linears = [name for name, module in target.named_modules() if isinstance(module, nn.Linear)]
     for pattern, count in C.items():
         if count < 1:
-            raise ValueError(f"C={count} for {pattern!r}: a matrix needs at least 1 subcomponent")
+            raise UserError(f"C={count} for {pattern!r}: a matrix needs at least 1 subcomponent")
         if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ValueError(f"pattern {pattern!r} matches no nn.Linear; there are: {', '.join(linears) or 'none'}")
+            raise UserError(f"pattern {pattern!r} matches no nn.Linear; there are: {', '.join(linears) or 'none'}")
     matches = {name: [count for pattern, count in C.items() if fnmatchcase(name, pattern)] for name in linears}
     return {name: counts[0] for name, counts in matches.items() if counts}

@@ -1,12 +1,20 @@
 """What a run is: its flags, its device, its folder with settings, log and checkpoints, Ctrl-C and the progress bar.
 
-Every script here begins with `run_script(main, Config, __doc__)`. Nothing in this file knows the method.
+  A. flags        a frozen dataclass is the command line of a script; what the user can mend is one line
+  B. device       which one, and in which precision
+  C. folder       files that are whole at every moment; config.json, metrics.jsonl
+  D. checkpoints  tensors and plain values, with a format number; what may change when a run is resumed
+  E. the loop     Ctrl-C between two steps, the bar
+
+Every script ends with `run_script(main, Config, __doc__)`. Nothing in this file knows the method.
 """
 
 import contextlib
+import ctypes
 import difflib
+import errno
+import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -14,12 +22,15 @@ import pickle
 import platform
 import shlex
 import signal
+import subprocess
 import sys
+import typing
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields, make_dataclass
 from importlib import metadata
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal
 
 import torch
@@ -27,10 +38,228 @@ from tqdm import tqdm
 
 import distributed
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A. Flags
+
+
+class UserError(ValueError):
+    """What the user can mend: a flag, a file, a folder, a data set, a full disk.
+
+    `run_script` prints it as one line. Any other error is a bug of ours and keeps its traceback.
+    """
+
+
+def run_script(
+    main: Callable[[Any], Any], Config: type, doc: str | None, defaults: Callable[[], Any] | None = None
+) -> None:
+    """Read the flags and run `main`. A UserError, or what the file system refuses, ends in one line and exit code 1.
+
+    defaults: gives the Config that the flags change, where its defaults depend on the command line itself.
+    """
+    try:
+        main(read_flags(Config, doc, sys.argv[1:], defaults))
+    except UserError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of GPU memory, try a smaller B, T or C ({str(error).splitlines()[0]})")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what was saved before is whole")
+
+
+def read_flags(Config: type, doc: str | None, args: list[str], defaults: Callable[[], Any] | None = None) -> Any:
+    """The Config that these arguments make. UserError for an unknown flag or a value that does not fit."""
+    types = typing.get_type_hints(Config)
+    args = [f"{arg}=True" if lone and bool in kinds(types.get(arg[2:])) else arg for arg, lone in lone_flags(args)]
+    try:
+        config, unknown = parse(Config, doc, args, **({"default": defaults()} if defaults else {}))
+        if hasattr(config, "defaults"):  # the flags go on top of the settings of a scale, or of the run that is resumed
+            config, unknown = parse(Config, doc, args, default=config.defaults())
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        if isinstance(stop.__context__, ValueError):  # of Config itself; a UserError is one
+            raise stop.__context__ from None
+        raise UserError(what_is_wrong(Config, types, args)) from None
+    if unknown:
+        flags = ["--" + field.name for field in fields(Config)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        hint = f": did you mean {near[0]}?" if near else "; --help lists the flags"
+        raise UserError(f"unknown flag {unknown[0]!r}{hint}")
+    return config
+
+
+def parse(Config: type, doc: str | None, args: list[str], **default) -> tuple[Any, list[str]]:
+    """By tyro, silent but for --help. Booleans are written --compile=False; a flag for a list is given once an item."""
+    import tyro
+
+    style = (tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs, tyro.conf.UseAppendAction)
+    with contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(
+            Config, args=args, prog=script(), description=doc, config=style, use_underscores=True,
+            return_unknown_args=True, **default,
+        )  # fmt: skip
+
+
+def script() -> str:
+    """What the user typed to get here: "decompose.py", "-m studies.report"."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return Path(sys.argv[0]).name if spec is None else f"-m {spec.name.removesuffix('.__main__')}"
+
+
+def lone_flags(args: list[str]) -> list[tuple[str, bool]]:
+    """Each argument, and whether it is a flag without any value."""
+    follows = [*args[1:], "--"]
+    return [
+        (arg, arg.startswith("--") and "=" not in arg and next_.startswith("--")) for arg, next_ in zip(args, follows)
+    ]
+
+
+def kinds(annotation: Any) -> tuple:
+    """The members of a union: bool | Literal["auto"] to (bool, Literal["auto"])."""
+    return typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, UnionType) else (annotation,)
+
+
+def what_is_wrong(Config: type, types: dict[str, Any], args: list[str]) -> str:
+    """Why the arguments make no Config: the first flag that does not parse by itself, or a missing argument."""
+    names = {int: "a whole number", float: "a number", bool: "True or False"}
+    for i, arg in enumerate(args):
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or name not in types:
+            continue
+        if not equals and (i + 1 == len(args) or args[i + 1].startswith("--")):
+            return f"--{name} needs a value, as in --{name}=..."
+        one = make_dataclass("One", [(name, types[name])])
+        one.__annotations__[name] = types[name]
+        try:
+            parse(one, None, [value if equals else args[i + 1]])
+        except SystemExit:
+            allowed = []
+            for kind in kinds(types[name]):
+                inside = typing.get_args(kind)
+                if typing.get_origin(kind) is Literal:
+                    allowed.append(", ".join(map(repr, inside)))
+                elif typing.get_origin(kind) is tuple:
+                    allowed.append(f"{len(inside)} numbers, as in --{name} 0.1 0.2")
+                else:
+                    allowed.append(names.get(kind, "text"))
+            return f"--{name}={value if equals else args[i + 1]}: must be {' or '.join(allowed)}"
+    missing = [field.name.upper() for field in fields(Config) if field.default is field.default_factory is MISSING]
+    return f"{script()} needs {', '.join(missing)}; --help lists the flags" if missing else "--help lists the flags"
+
+
+def parse_counts(name: str, text: str) -> dict[str, int]:
+    """'*.q=64,*.k=64' to {pattern: count}. UserError, with the flag's name, for anything else."""
+    counts = {}
+    for pair in text.split(","):
+        pattern, equals, count = pair.rpartition("=")
+        if not equals or not count.strip().lstrip("-").isdecimal():
+            raise UserError(f"{name}={text!r}: {pair!r} is not PATTERN=COUNT, as in '*.q=64,*.up=248'")
+        if counts.setdefault(pattern.strip(), int(count)) != int(count):
+            raise UserError(f"{name}={text!r} gives {pattern!r} two counts")
+    return counts
+
+
+def require(config: object, what: Literal["above 0", "0 or above"], *names: str) -> None:
+    """UserError, with the name and the value, unless each of these numbers is what it must be, and below 2^63."""
+    for name in names:
+        value = getattr(config, name)
+        if not (abs(value) < 2**63 and (value > 0 if what == "above 0" else value >= 0)):  # nan is refused too
+            raise UserError(f"{name}={value}: must be {what}" + (", and below 2^63" if abs(value) >= 2**63 else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B. Device
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one. UserError for a device that torch does not know or this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device={name}: cannot be used here ({str(error).splitlines()[0]})") from error
+
+
+def check_processes(B: int, shard: bool) -> int:
+    """The number of processes. UserError if they cannot share a batch of B rows, or if one would shard Gamma."""
+    n = distributed.world()
+    if B % n:
+        raise UserError(f"B={B}: must be a multiple of the {n} processes")
+    if shard and n == 1:
+        raise UserError("shard=True: one process has nothing to divide Gamma over; start several with torchrun")
+    return n
+
+
+def bf16(device: torch.device) -> bool:
+    """Whether to compute in bf16 here: on a GPU that has it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 autocast where `bf16` says so; elsewhere nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16(device))
+
+
+COMPILING_PAYS = 5_500  # steps of the default run on a CPU that earn back the minutes that compiling takes
+
+
+def wants_compile(wanted: bool | Literal["auto"], device: torch.device, steps: int) -> bool:
+    """--compile resolved: `auto` compiles on a GPU or for a long run, if a compiler works; a line says what and why."""
+    if wanted is False:
+        return False
+    if wanted == "auto" and device.type == "cpu" and steps < COMPILING_PAYS:
+        print("compile: off, compiling would take longer than it saves in so short a run; --compile=True forces it")
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
+    except Exception as error:  # a missing compiler surfaces as one of many types
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        if wanted is True:
+            raise UserError(f"compile=True: no working compiler here ({why})") from error
+        print(f"compile: no working compiler ({why}): running eagerly, slower but the same")
+        return False
+    print("compile: on, the first step takes a minute or two")
+    return True
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for one shape. On a CPU, where a small step is a thousand short calls, C++ makes them."""
+    if torch.cuda.is_available():
+        return torch.compile(function, dynamic=False)
+    keep_freed_memory()
+    return torch.compile(function, dynamic=False, options={"cpp_wrapper": True})
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc, where that is the C library, to keep what a step frees for the next one.
+
+    Handing it back and getting it anew costs 5 to 10 % of a step on a CPU in page faults.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C. The folder
+
 
 def settle(path: Path) -> None:
     """Wait until the file, or the list of names in a folder, is on the disk and would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():  # Windows opens no folder
+            return
+        raise
     try:
         os.fsync(handle)
     finally:
@@ -39,7 +268,7 @@ def settle(path: Path) -> None:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` when the block ends well: at every moment `path` is whole, old or new."""
+    """A temporary path to write to, renamed to `path` when the block ends well: `path` is whole, old or new, always."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -50,148 +279,90 @@ def written(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def run_script(
-    main: Callable[[Any], None], Config: type, doc: str | None, defaults: Callable[[], Any] | None = None
-) -> None:
-    """Read the flags, run `main`; a user's mistake (ValueError, OSError) ends with one line on stderr and exit code 1.
-
-    defaults: gives the Config that the flags change, where its defaults depend on the command line itself.
-    """
-    import tyro
-
-    # Flag conversion off: booleans are written --compile=False, never --no-compile. Append: a flag for a list is given once an item.
-    style = (tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs, tyro.conf.UseAppendAction)
-    said = io.StringIO()
-    try:
-
-        def parse(**default) -> tuple[Any, list[str]]:
-            with contextlib.redirect_stderr(said):
-                return tyro.cli(
-                    Config, description=doc, config=style, use_underscores=True, return_unknown_args=True, **default
-                )
-
-        try:
-            config, unknown = parse(**({"default": defaults()} if defaults else {}))
-            if hasattr(config, "defaults"):  # the flags go on top of the settings of the run that is resumed
-                config, unknown = parse(default=config.defaults())
-        except SystemExit as stop:
-            if not stop.code:
-                raise  # --help
-            box = [
-                line.strip("\u2502 ") for line in said.getvalue().splitlines()[1:]
-            ]  # its first paragraph says what is wrong
-            text = " ".join(itertools.takewhile(lambda line: not line.startswith(("\u2500", "\u2570")), box))
-            raise ValueError(f"{text}; --help lists the flags") from stop
-        if unknown:
-            flags = ["--" + field.name for field in fields(Config)]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            raise ValueError(
-                f"unknown flag {unknown[0]!r}" + (f": did you mean {near[0]}?" if near else "; --help lists the flags")
-            )
-        main(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory, try a smaller B, T or C ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: what was saved before is whole")
+def write_text(path: Path, text: str) -> None:
+    """The file, whole or not at all, in UTF-8."""
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one. ValueError for a device that torch does not know or this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.ones(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name}: cannot be used here ({str(error).splitlines()[0]})") from error
-
-
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 autocast on a GPU that has it; elsewhere nothing."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
-
-
-def save(path: Path, checkpoint: dict) -> None:
-    """Save tensors and plain values. OSError, with the old file whole, if it cannot be written."""
-    try:
-        with written(path) as temporary:
-            torch.save(checkpoint, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(
-            f"cannot save {path} ({str(error).splitlines()[0]}); an earlier {path.name} there is still whole"
-        ) from error
-
-
-def load_checkpoint(path: Path, kind: Literal["target", "target in training", "decomposition"]) -> dict:
-    """A checkpoint of train_target.py or decompose.py. FileNotFoundError, or ValueError for a broken or foreign file."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"run folder {str(path.parent)!r} does not exist")
-    if not path.is_file():
-        raise FileNotFoundError(f"run folder {str(path.parent)!r} holds no {path.name}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]})") from error
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if found != kind:
-        raise ValueError(f"{path} is a checkpoint of kind {found!r}, not {kind!r}")
-    return checkpoint
+def new_folder(out: str, usual: Path | None = None) -> Path:
+    """The folder of a new run: `out`, in which nothing may be yet, or without it `usual`, usual-2, usual-3, ..."""
+    if out:
+        folder = Path(out)
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            unfinished = (folder / "state.pt").exists() or not (folder / "checkpoint.pt").exists()
+            go_on = f", or go on with --resume={out}" if (folder / "config.json").exists() and unfinished else ""
+            raise UserError(f"out={out} is not an empty folder: give another one{go_on}")
+        return folder
+    folder, n = usual, 1
+    while folder.exists():
+        n += 1
+        folder = usual.with_name(f"{usual.name}-{n}")
+    return folder
 
 
 def write_config(folder: Path, config: Any, device: torch.device) -> None:
-    """config.json: every setting, the command, versions, and the hardware by its name."""
+    """The folder, and in it config.json: every setting, command, commit, versions, the hardware by its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""  # no git
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     about = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "hardware": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "command": command(),
+        "commit": commit,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "versions": {"python": platform.python_version()}
         | {p: metadata.version(p) for p in ("torch", "numpy", "tiktoken")},
     }
-    with written(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(asdict(config) | about, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(asdict(config) | about, indent=2) + "\n")
 
 
-def resumed_settings(
-    folder: Path, file: str, kind: Literal["target in training", "decomposition"], Config: type
-) -> Any:
-    """The settings of the run to go on with: from its last save, or, if it ended before the first, from config.json."""
-    if not (folder / file).exists() and (folder / "config.json").exists():
-        saved = json.loads((folder / "config.json").read_text())
-    else:
-        saved = load_checkpoint(folder / file, kind)["config"]
-    values = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
-    return Config(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()} | {"resume": str(folder)}
-    )
+def command() -> str:
+    """The command line of this process, without the path of the script."""
+    return f"{script()} {shlex.join(sys.argv[1:])}".strip()
 
 
-def check_unchanged(config: Any, saved: Any, may_change: tuple[str, ...]) -> None:
-    """ValueError if a setting other than these differs from the saved run's, as it would be neither run then."""
-    for name, value in asdict(saved).items():
-        now = getattr(config, name)
-        if now != value and name not in may_change:
-            raise ValueError(
-                f"{name}={now}: the run in {config.resume} has {name}={value}, and on resuming only {', '.join(may_change)} may change"
-            )
+def check_wandb(project: str) -> None:
+    """UserError if a run is to be mirrored and cannot be."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"wandb={project}: wandb is not installed; metrics.jsonl has the same numbers")
 
 
-def log_line(folder: Path, row: dict[str, float]) -> None:
-    """Append one flat object to metrics.jsonl. It is on the disk before any checkpoint that counts it as written."""
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+class Log:
+    """metrics.jsonl of a run in the first process, from `step` on, and its mirror; a context manager.
 
+    A row is a flat object. It is on the disk before any checkpoint that counts it as written.
+    """
 
-def cut_log(folder: Path, steps: int) -> None:
-    """Leave in metrics.jsonl the rows before `steps`, those that the checkpoint knows of."""
-    rows = read_log(folder, steps) if (folder / "metrics.jsonl").exists() else []
-    with written(folder / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    def __init__(self, folder: Path, step: int, config: Any = None) -> None:
+        self.path, self.mirror = folder / "metrics.jsonl", None
+        self.writes = distributed.rank() == 0
+        if self.writes:
+            rows = read_log(folder, step) if self.path.exists() else []  # those that the checkpoint knows of
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        if self.writes and getattr(config, "wandb", ""):
+            import wandb
+
+            self.mirror = wandb.init(project=config.wandb, name=folder.name, dir=folder, config=asdict(config))
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.mirror:
+            self.mirror.finish()
+
+    def __call__(self, row: dict[str, float]) -> None:
+        if self.writes:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        if self.mirror:
+            self.mirror.log(row, step=row["step"])
 
 
 def read_log(folder: Path, steps: float = math.inf) -> list[dict[str, float]]:
@@ -201,6 +372,97 @@ def read_log(folder: Path, steps: float = math.inf) -> list[dict[str, float]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return [row for row in rows if row["step"] < steps]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# D. Checkpoints
+
+FORMAT = 1  # of checkpoint.pt and state.pt; raised when a reader of the older one would go wrong
+Kind = Literal["target", "target in training", "decomposition", "decomposition in training", "toy"]
+
+
+def save(path: Path, kind: Kind, content: dict) -> None:
+    """Save tensors and plain values. UserError, with the old file whole, if it cannot be written."""
+    try:
+        with written(path) as temporary:
+            torch.save({"kind": kind, "format": FORMAT} | content, temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        kept = f"; an earlier {path.name} there is still whole" if path.exists() else ""
+        raise UserError(f"cannot save {path} ({str(error).splitlines()[0]}){kept}") from error
+
+
+def load_checkpoint(path: Path, kind: Kind) -> dict:
+    """A file of `save`, its tensors on the CPU. UserError if it is not there, broken, of another kind or format."""
+    if not path.parent.is_dir():
+        raise UserError(f"run folder {str(path.parent)!r} does not exist")
+    if not path.is_file():
+        raise UserError(f"run folder {str(path.parent)!r} holds no {path.name}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        raise UserError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]})") from error
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if found != kind:
+        raise UserError(f"{path} is a checkpoint of kind {found!r}, not {kind!r}")
+    number = checkpoint.get("format", 0)
+    if number != FORMAT:
+        age = (
+            "an older version of this code: make it anew"
+            if number < FORMAT
+            else "a newer version of this code: update it"
+        )
+        raise UserError(f"{path} has format {number}, not {FORMAT}: it is of {age}")
+    return checkpoint
+
+
+def resumed_settings(folder: Path, kind: Kind, Config: type) -> Any:
+    """The settings of the run to go on with: from its last save, or, if it ended before the first, from config.json."""
+    if (folder / "state.pt").exists() or not (folder / "config.json").exists():
+        saved = load_checkpoint(folder / "state.pt", kind)["config"]
+    else:
+        saved = json.loads((folder / "config.json").read_text())
+        if not {field.name for field in fields(Config)} <= saved.keys():
+            raise UserError(f"resume={folder}: the run that began there is not of {script()}")
+    values = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Config(**values | lists | {"resume": str(folder)})
+
+
+def check_unchanged(config: Any, saved: Any, may_change: tuple[str, ...]) -> None:
+    """UserError if a setting other than these differs from the saved run's, as it would be neither run then."""
+    for name, value in asdict(saved).items():
+        now = getattr(config, name)
+        if now != value and name not in may_change:
+            raise UserError(
+                f"{name}={now}: the run in {config.resume} has {name}={value}, "
+                f"and on resuming only {', '.join(may_change)} may change"
+            )
+
+
+def check_resumable(config: Any, saved: dict, tokens: str, device: torch.device) -> None:
+    """UserError if a saved run cannot go on here: another kind of device, other tokens (a digest), too few steps."""
+    if saved["device"] != device.type:
+        raise UserError(
+            f"resume={config.resume}: that run was on {saved['device']}, and its numbers cannot go on on {device.type}"
+        )
+    if saved.get("processes", 1) != distributed.world():
+        before = f"resume={config.resume}: that run had {saved['processes']} processes"
+        raise UserError(f"{before}, and its random numbers cannot go on in {distributed.world()}")
+    if saved["tokens"] != tokens:
+        raise UserError(
+            f"resume={config.resume}: the tokens of its text are not those of that run: the text has changed"
+        )
+    if config.steps != saved["config"]["steps"]:
+        if config.steps < saved["step"]:
+            raise UserError(f"steps={config.steps}: the run in {config.resume} has done {saved['step']} already")
+        print(
+            f"resume: {config.steps:,} steps, not {saved['config']['steps']:,}: "
+            f"from step {saved['step']:,} on all schedules are those of a run of the new length"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# E. The loop
 
 
 @contextlib.contextmanager
@@ -225,15 +487,19 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def refuse_non_finite(row: dict[str, float], learning: list[torch.Tensor], lr: str) -> None:
+    """UserError if a loss, or a weight that learns, is not finite: nothing of it is saved. Called by all processes."""
+    bad = [f"the {name} loss is {value}" for name, value in row.items() if not math.isfinite(value)]
+    if distributed.any_of(not all(distributed.local(weight).isfinite().all() for weight in learning)):
+        bad.append("a weight is not finite")
+    if bad:
+        raise UserError(f"{bad[0]} at step {row['step']}: try a smaller lr than {lr}")
+
+
 def progress_bar(start: int, steps: int, name: str) -> tqdm:
     """A bar with the time left; in a log file a line every half minute."""
-    disable = distributed.rank() > 0
+    often = 0.5 if sys.stderr.isatty() else 30
     return tqdm(
-        range(start, steps),
-        disable=disable,
-        initial=start,
-        total=steps,
-        desc=name,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
+        range(start, steps), disable=distributed.rank() > 0, initial=start, total=steps, desc=name, mininterval=often,
         dynamic_ncols=True,
-    )
+    )  # fmt: skip

@@ -1,9 +1,11 @@
 """Text of any kind to token files: read once, tokenised once, drawn from for ever (data.py).
 
-  A. byte-level BPE       learnt with numpy, held as a `tiktoken.Encoding`
-  B. documents            `stdlib`: the Python standard library's own source; a .txt, .jsonl, .jsonl.zst or .parquet file or
-                          a folder; `pile`, `simplestories`, `tinystories` or `hf:<id>[:column]` from the Hugging Face hub
-  C. tokenising           in memory, or, where `max_tokens` or the hub asks for it, as a stream that can be restarted
+  A. byte-level BPE   learnt with numpy, held as a `tiktoken.Encoding`
+  B. documents        `stdlib`: the Python standard library's own source; a .txt, .jsonl, .jsonl.zst or .parquet file or
+                      a folder; `pile`, `simplestories`, `tinystories` or `hf:<id>[:column]` from the Hugging Face hub
+  C. encodings        a learnt BPE for `stdlib`; for other text GPT-2's, or a learnt one where that cannot be had
+  D. token files      made in memory or, where `max_tokens` or the hub asks for it, as a stream that can be restarted;
+                      what is not of our making is never deleted, nor written over
 
 Documents end with an end-of-text token. One document in twenty, chosen by a hash of its text, is validation: training
 never sees it, nor a copy of it. Left out: shuffling of documents, two processes that tokenise the same set at once.
@@ -14,42 +16,34 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from run import settle, written
+from run import UserError, settle, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 # How text is cut into words before BPE: GPT-2's pattern.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 BPE_VOCAB = 1024  # tokens of a learnt encoding, end-of-text included
 BPE_SAMPLE = 2_000_000  # characters that it is learnt from
-SUFFIXES = {
-    ".txt": "text",
-    ".jsonl": "json",
-    ".jsonl.zst": "json",
-    ".parquet": "parquet",
-}  # file type to the builder of `datasets`
-COLUMNS = (
-    "text",
-    "story",
-    "content",
-    "input_ids",
-)  # where a document is looked for, in this order; input_ids is tokens already
+# The types of local files, and which builder of `datasets` reads each.
+SUFFIXES = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
+COLUMNS = ("text", "story", "content", "input_ids")  # where a document is, the first that exists; input_ids is tokens
 HUB = {  # sets with a short name: (id on the hub, column)
     "pile": ("monology/pile-uncopyrighted", "text"),
     "simplestories": ("SimpleStories/SimpleStories", "story"),
     "tinystories": ("roneneldan/TinyStories", "text"),
 }
 SETTLE = 4_000_000  # tokens of a stream between two points that tokenising can be restarted from
+NAMES = ("train.bin", "val.bin", "vocab.json", "progress.json", "meta.json")
+FILES = [name + end for name in NAMES for end in (".tmp", "")]  # what a folder of ours can hold
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Byte-level BPE
@@ -75,10 +69,11 @@ def learn_bpe(text: str, vocab_size: int) -> list[bytes]:
     while len(tokens) < vocab_size:
         inside = (ids[:-1] >= 0) & (ids[1:] >= 0)
         pair = ids[:-1] * vocab_size + ids[1:]
-        frequency = np.bincount(pair[inside], weights=weight[:-1][inside])
-        if frequency.size == 0 or frequency.max() < 2:
+        frequency = np.bincount(pair[inside], weights=weight[:-1][inside], minlength=1)
+        best = int(frequency.argmax())
+        if frequency[best] < 2:
             break
-        left, right = divmod(int(frequency.argmax()), vocab_size)
+        left, right = divmod(best, vocab_size)
         at = np.flatnonzero(inside & (pair == left * vocab_size + right))
         if left == right:  # in a run like "aaa" the two candidates overlap: keep every second one
             run_start = np.r_[True, np.diff(at) > 1]
@@ -94,18 +89,14 @@ def learn_bpe(text: str, vocab_size: int) -> list[bytes]:
 
 def bpe_encoding(tokens: list[bytes]) -> tiktoken.Encoding:
     """A tiktoken.Encoding of these tokens by rank; the end-of-text token comes after the last one."""
-    return tiktoken.Encoding(
-        name=f"bpe-{len(tokens) + 1}",
-        pat_str=WORDS,
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        special_tokens={END_OF_TEXT: len(tokens)},
-    )
+    ranks, end = {token: rank for rank, token in enumerate(tokens)}, {END_OF_TEXT: len(tokens)}
+    return tiktoken.Encoding(f"bpe-{len(tokens) + 1}", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=end)
 
 
 def numbered_encoding(n: int) -> tiktoken.Encoding:
-    """Stands in for the unknown vocabulary of text that came as n kinds of token: decodes id 42 to "<42>", encodes nothing."""
+    """Stands in for the unknown vocabulary of text that came as ids below n: it decodes 42 to "<42>"."""
     ranks = {f"<{i}>".encode(): i for i in range(n - 1)}
-    return tiktoken.Encoding(name="ids", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={f"<{n - 1}>": n - 1})
+    return tiktoken.Encoding("ids", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={f"<{n - 1}>": n - 1})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +108,7 @@ def stdlib_folder() -> Path:
 
 
 def stdlib_documents() -> Iterator[str]:
-    """Every .py file of the Python standard library on this machine, in order of its path; installed packages excluded."""
+    """Every .py file of the Python standard library here, in order of its path; installed packages excluded."""
     root = stdlib_folder()
     for path in sorted(root.rglob("*.py")):
         if not {"site-packages", "dist-packages"} & set(path.relative_to(root).parts):
@@ -130,125 +121,140 @@ def file_type(path: Path) -> str:
 
 
 def local_files(path: Path) -> list[Path]:
-    """The file itself, or all files of a known type in a folder. FileNotFoundError, ValueError: see the text."""
+    """The file itself, or all files of a known type in a folder, without empty ones. UserError if there is none."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"dataset {str(path)!r} does not exist: give 'stdlib', {', '.join(map(repr, HUB))}, 'hf:<id>[:column]' or the path of a {', '.join(SUFFIXES)} file or a folder of them"
+        raise UserError(
+            f"dataset {str(path)!r} does not exist: give 'stdlib', {', '.join(map(repr, HUB))}, 'hf:<id>[:column]' "
+            f"or the path of a {', '.join(SUFFIXES)} file or a folder of them"
         )
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if file_type(p))
     types = sorted(set(map(file_type, files)))
     if not files or not types[0]:
-        raise ValueError(f"dataset {str(path)!r}: no {', '.join(SUFFIXES)} file there")
+        raise UserError(f"dataset {str(path)!r}: no {', '.join(SUFFIXES)} file there")
     if len(types) > 1:
-        raise ValueError(f"dataset {str(path)!r} mixes {', '.join(types)} files: give one type at a time")
-    if all(p.stat().st_size == 0 for p in files):
-        raise ValueError(f"dataset {str(path)!r} is empty")
-    return [p for p in files if p.stat().st_size > 0]
+        raise UserError(f"dataset {str(path)!r} mixes {', '.join(types)} files: give one type at a time")
+    if not (files := [p for p in files if p.stat().st_size > 0]):
+        raise UserError(f"dataset {str(path)!r} is empty")
+    return files
 
 
 def hub_set(dataset: str) -> tuple[str, str] | None:
     """(id on the hub, column or '') of a dataset that is streamed from there; None for one of this machine."""
-    if dataset.startswith("hf:"):
-        id, _, column = dataset.removeprefix("hf:").partition(":")
-        if not id:
-            raise ValueError(f"dataset {dataset!r}: write 'hf:<id>' or 'hf:<id>:<column>'")
-        return id, column
-    return HUB.get(dataset)
+    if not dataset.startswith("hf:"):
+        return HUB.get(dataset)
+    id, _, column = dataset.removeprefix("hf:").partition(":")
+    if not id:
+        raise UserError(f"dataset {dataset!r}: write 'hf:<id>' or 'hf:<id>:<column>'")
+    return id, column
 
 
 @contextlib.contextmanager
-def explained(dataset: str) -> Iterator[None]:
-    """What the library that reads a dataset raises, of whatever type, becomes one ValueError that says what to do."""
+def explained(problem: str, remedy: str = "", kind: type[Exception] = Exception) -> Iterator[None]:
+    """What a library or the disk (OSError) refuses becomes one UserError, "problem (reason): remedy"."""
     try:
         yield
-    except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if hub_set(dataset) is None:
-            raise ValueError(
-                f"dataset {dataset!r} cannot be read as {SUFFIXES[file_type(local_files(Path(dataset))[0])]}: {reason}"
-            ) from error
-        from huggingface_hub import constants
+    except kind as error:
+        line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = (kind is OSError and error.strerror) or line
+        raise UserError(f"{problem} ({reason}){remedy and ': '}{remedy}") from error
 
-        raise ValueError(
-            f"dataset {dataset!r}: the data step failed, as {hub_set(dataset)[0]} cannot be read from {constants.ENDPOINT} ({reason}): "
-            "set HF_HOME to a cache that holds it, HF_ENDPOINT to a mirror, or give the path of a local copy"
-        ) from error
+
+def unreadable(dataset: str) -> tuple[str, str]:
+    """The problem and the remedy where the rows of a dataset cannot be read."""
+    if not (hub := hub_set(dataset)):
+        return f"dataset {dataset!r} cannot be read as {SUFFIXES[file_type(local_files(Path(dataset))[0])]}", ""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    problem = f"dataset {dataset!r}: the data step failed, as {hub[0]} cannot be read from {endpoint}"
+    return problem, "set HF_HOME to a cache that holds it, HF_ENDPOINT to a mirror, or give the path of a local copy"
 
 
 def open_rows(dataset: str):
-    """The rows of a local or hub dataset as an IterableDataset of `datasets`: nothing is downloaded or copied beforehand."""
+    """The rows of a local or hub dataset, an IterableDataset of `datasets`: nothing is downloaded or copied before."""
     import datasets
 
-    hub = hub_set(dataset)
-    files = [] if hub else [str(p) for p in local_files(Path(dataset))]
-    with explained(dataset):
-        if hub:
-            return datasets.load_dataset(hub[0], split="train", streaming=True)
-        builder = SUFFIXES[file_type(Path(files[0]))]
-        options = {"sample_by": "document"} if builder == "text" else {}
-        return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+    if hub := hub_set(dataset):
+        source, options = hub[0], {}
+    else:
+        files = local_files(Path(dataset))
+        source, options = SUFFIXES[file_type(files[0])], {"data_files": list(map(str, files))}
+        options |= {"sample_by": "document"} if source == "text" else {}
+    with explained(*unreadable(dataset)):
+        return datasets.load_dataset(source, split="train", streaming=True, **options)
 
 
 def documents_of(dataset: str, rows) -> Iterator[str | list[int]]:
     """The document of every row that is not empty: text, or token ids. Each .txt file is one row."""
-    column = (hub_set(dataset) or ("", ""))[1]
+    column, problem = (hub_set(dataset) or ("", ""))[1], unreadable(dataset)
     rows = iter(rows)
     while True:
-        with explained(dataset):
+        with explained(*problem):
             row = next(rows, None)
         if row is None:
             return
+        column = column or next((name for name in COLUMNS if name in row), "")
         if column not in row:
-            found = [] if column else [name for name in COLUMNS if name in row]
-            if not found:
-                raise ValueError(
-                    f"dataset {dataset!r} has columns {', '.join(row)}: "
-                    + (
-                        f"there is no {column!r}"
-                        if column
-                        else f"one must be {', '.join(map(repr, COLUMNS[:-1]))} or {COLUMNS[-1]!r}"
-                    )
-                )
-            column = found[0]
+            wanted = f"there is no {column!r}" if column else f"one must be {', '.join(map(repr, COLUMNS))}"
+            raise UserError(f"dataset {dataset!r} has columns {', '.join(row)}: {wanted}")
         document = row[column]
-        if (
-            document
-            and not isinstance(document, str)
-            and not (isinstance(document, list) and isinstance(document[0], int))
-        ):
-            raise ValueError(
-                f"dataset {dataset!r}: column {column!r} holds {type(document).__name__}, not text or token ids"
-            )
-        if document:
-            yield document
+        if not document:
+            continue
+        if not isinstance(document, str) and not (isinstance(document, list) and isinstance(document[0], int)):
+            raise UserError(f"dataset {dataset!r}: {column!r} holds {type(document).__name__}, not text or token ids")
+        yield document
 
 
-def local_documents(path: Path) -> Iterator[str | list[int]]:
-    """The documents of a file or folder: each .txt file is one, each row of a .jsonl or .parquet file is one."""
-    return documents_of(str(path), open_rows(str(path)))
+def is_validation(document: str | list[int]) -> bool:
+    """True for one document in twenty, chosen by its content alone."""
+    is_text = isinstance(document, str)
+    content = document.encode("utf-8", "replace") if is_text else np.array(document, np.int64).tobytes()
+    return zlib.crc32(content) % 20 == 0
+
+
+def split_documents(documents: list[str]) -> list[tuple[str, str]]:
+    """(split, document) of each. If one split would be empty, the last document or its last 5 % goes there."""
+    if len(set(documents)) == 1:
+        cut = int(0.95 * len(documents[0]))
+        print("data: one document only: its last 5 % is the validation text")
+        return [("train", documents[0][:cut]), ("val", documents[0][cut:])]
+    splits = ["val" if is_validation(document) else "train" for document in documents]
+    if len(set(splits)) == 1:
+        other = {"train": "val", "val": "train"}[splits[0]]
+        splits = [other if d == documents[-1] else splits[0] for d in documents]  # with all its copies
+    return list(zip(splits, documents))
+
+
+def sample_of(documents: Iterable[str], size: int) -> str:
+    """The first `size` characters of training text."""
+    sample, training = "", (document for document in documents if not is_validation(document))
+    while len(sample) < size and (document := next(training, "")):
+        sample += document
+    return sample[:size]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C. Encodings
 
 
 def gpt2(dataset: str) -> tiktoken.Encoding:
-    """GPT-2's encoding. ValueError, naming what to set, where it is not at hand and cannot be downloaded."""
-    try:
+    """GPT-2's encoding. UserError, naming what to set, where it is not at hand and cannot be downloaded."""
+    where = "openaipublic.blob.core.windows.net"
+    problem = f"dataset {dataset!r}: the vocabulary step failed, as GPT-2's encoding cannot be read from {where}"
+    remedy = "set TIKTOKEN_CACHE_DIR to a folder that holds it, or give a local path, for which a BPE is learnt"
+    with explained(problem, remedy):
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # tiktoken raises whatever its download raised
-        raise ValueError(
-            f"dataset {dataset!r}: the vocabulary step failed, as GPT-2's encoding cannot be read from openaipublic.blob.core.windows.net "
-            f"({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder that holds it, or give a local path, for which a BPE is learnt"
-        ) from error
 
 
-def choose_encoding(dataset: str, sample: str) -> tiktoken.Encoding:
-    """A learnt BPE for the standard library; for other text GPT-2's encoding, or a learnt one where it cannot be had."""
+def choose_encoding(dataset: str, sample: Callable[[], str]) -> tiktoken.Encoding:
+    """A BPE learnt from the sample for `stdlib`; GPT-2's encoding for other text, or for local text a learnt BPE."""
     if dataset != "stdlib":
         try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # tiktoken raises whatever its download raised
-            print(
-                f"data: GPT-2's vocabulary cannot be had here ({type(error).__name__}): learning a BPE of {BPE_VOCAB} tokens from the text"
-            )
-    return bpe_encoding(learn_bpe(sample, BPE_VOCAB - 1))
+            return gpt2(dataset)
+        except UserError as error:
+            if hub_set(dataset):
+                raise
+            print(f"data: GPT-2's vocabulary cannot be had here ({type(error.__cause__).__name__}): ", end="")
+            print(f"learning a BPE of {BPE_VOCAB} tokens from the text")
+    return bpe_encoding(learn_bpe(sample(), BPE_VOCAB - 1))
 
 
 def vocab_of(encoding: tiktoken.Encoding) -> str | int | list[str]:
@@ -259,215 +265,192 @@ def vocab_of(encoding: tiktoken.Encoding) -> str | int | list[str]:
 
 
 def encoding_of(vocab: str | int | list[str], dataset: str) -> tiktoken.Encoding:
-    """The inverse of `vocab_of`. ValueError if GPT-2's encoding is needed and cannot be had."""
+    """The inverse of `vocab_of`. UserError if GPT-2's encoding is needed and cannot be had."""
     if isinstance(vocab, int):
         return numbered_encoding(vocab)
     return gpt2(dataset) if vocab == "gpt2" else bpe_encoding([base64.b64decode(t) for t in vocab])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# C. Tokenising
+# D. Token files
 
 
-def finish(temporary: Path, home: Path, meta: dict, encoding: tiktoken.Encoding) -> None:
-    """vocab.json and meta.json beside the token files, and the folder gets its name, all of it on the disk."""
-    (temporary / "vocab.json").write_text(json.dumps(vocab_of(encoding)))
+def read_mark(path: Path) -> dict:
+    """A meta.json or progress.json of ours, which has a fingerprint; {} if it is missing, broken or another's."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and "fingerprint" in content else {}
+
+
+def stored(folder: Path) -> dict[str, float]:
+    """How many tokens train.bin and val.bin hold; a missing file holds none."""
+    files = {split: folder / f"{split}.bin" for split in ("train", "val")}
+    return {split: file.stat().st_size / 2 if file.exists() else 0 for split, file in files.items()}
+
+
+def check_ours(folder: Path, proof: str) -> None:
+    """UserError unless the path is free, or a folder that holds nothing but FILES, with a fingerprint in `proof`.
+
+    An empty folder is as good as none. A link is never ours, whatever it points to.
+    """
+    if not os.path.lexists(folder):
+        return
+    names = os.listdir(folder) if folder.is_dir() and not folder.is_symlink() else [folder.name]
+    foreign = sorted(set(names) - set(FILES))
+    if foreign or (names and not read_mark(folder / proof)):
+        what = f"{foreign[0]!r} is not" if foreign else f"without a whole {proof} it cannot be known to be"
+        raise UserError(f"{folder} is in the way and stays, as {what} of this code's making: give another --data_dir")
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, if it is there, that holds nothing but FILES; what proves it to be ours goes last."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    if folder.exists():
+        folder.rmdir()
+
+
+def encoded(dataset: str, pairs: Iterable[tuple], encoding: tiktoken.Encoding) -> Iterator[list[tuple]]:
+    """(split, document) to (split, uint16 tokens), in lists of 64 that several threads encode.
+
+    Text gets an end-of-text token behind it, token ids stay as they are. UserError for an id that cannot be stored.
+    """
+    pairs = iter(pairs)
+    while some := list(itertools.islice(pairs, 64)):
+        splits, documents = zip(*some)
+        if encoding.name != "ids":
+            texts = encoding.encode_ordinary_batch(list(documents), num_threads=os.cpu_count() or 1)
+            documents = [[*ids, encoding.eot_token] for ids in texts]
+        arrays = [np.array(ids) for ids in documents]
+        if wrong := [id for ids in arrays for id in (ids.min(), ids.max()) if not 0 <= id < 2**16]:
+            raise UserError(f"dataset {dataset!r} has the token id {wrong[0]}: 0 to 65,535 can be stored")
+        yield list(zip(splits, (ids.astype(np.uint16) for ids in arrays)))
+
+
+def append(part: Path, progress: dict, lists: Iterator[list], place: Callable[[], dict], max_tokens: float) -> None:
+    """Write tokens behind those that `progress` counts, until it counts max_tokens or there are no more.
+
+    place: tells where the source stands; progress.json holds it beside the counts, as a point to restart from.
+    """
+    with open(part / "train.bin", "ab") as train, open(part / "val.bin", "ab") as val:
+        files = {"train": train, "val": val}
+        for split, file in files.items():
+            file.truncate(2 * progress[split])
+        total = settled = progress["train"] + progress["val"]
+        bar = tqdm(total=max_tokens, initial=total, desc="tokenise", unit=" tokens", unit_scale=True)
+        some = True
+        while some:
+            some = next(lists, []) if total < max_tokens else []
+            for split, ids in some:
+                files[split].write(ids.tobytes())
+                progress["documents"] += 1
+                progress[split] += len(ids)
+                progress["largest"] = max(progress["largest"], int(ids.max()))
+                total += len(ids)
+                if total >= max_tokens:
+                    break
+            bar.update(total - bar.n)
+            if not some or total >= settled + SETTLE:
+                settled = total
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                write_text(part / "progress.json", json.dumps(progress | {"source": place()}))
+        bar.close()
+
+
+def finish(made: Path, home: Path, meta: dict, encoding: tiktoken.Encoding) -> None:
+    """vocab.json and, last, meta.json beside the token files; the folder gets its name, in place of an older one."""
+    for split in ("train", "val"):
+        settle(made / f"{split}.bin")
+    write_text(made / "vocab.json", json.dumps(vocab_of(encoding)))
     meta = meta | {"encoding": encoding.name, "vocab_size": encoding.n_vocab}
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
-    for path in (*temporary.iterdir(), temporary):
-        settle(path)
-    shutil.rmtree(home, ignore_errors=True)
-    os.replace(temporary, home)
+    write_text(made / "meta.json", json.dumps(meta, indent=2))
+    check_ours(home, "meta.json")  # again, as hours may have passed
+    remove(home)
+    os.replace(made, home)
     settle(home.parent)
-    print(
-        f"data: {meta['dataset']}: {meta['documents']:,} documents, {meta['train']:,} training and {meta['val']:,} validation tokens, vocabulary {encoding.n_vocab:,}"
-    )
+    (home / "progress.json").unlink(missing_ok=True)  # only now that nothing can be lost
+    print(f"data: {meta['dataset']}: {meta['documents']:,} documents, {meta['train']:,} training and ", end="")
+    print(f"{meta['val']:,} validation tokens, vocabulary {encoding.n_vocab:,}")
 
 
 def tokenise(dataset: str, home: Path, mark: str) -> None:
-    """Write train.bin, val.bin, vocab.json and meta.json, in a folder of its own that is renamed when it is whole."""
-    documents = list(
-        tqdm(
-            stdlib_documents() if dataset == "stdlib" else local_documents(Path(dataset)),
-            desc="read",
-            unit=" documents",
-        )
-    )
+    """Write the token files of `dataset`, read into memory, in a new folder that is named `home` when it is whole."""
+    check_ours(home, "meta.json")
+    source = stdlib_documents() if dataset == "stdlib" else documents_of(dataset, open_rows(dataset))
+    documents = list(tqdm(source, desc="read", unit=" documents"))
     if not documents:
-        raise ValueError(f"dataset {dataset!r} holds no text")
+        raise UserError(f"dataset {dataset!r} holds no text")
     if isinstance(documents[0], list):
-        raise ValueError(f"dataset {dataset!r} holds token ids: give --max_tokens, as they are read as a stream")
-    encoding = choose_encoding(dataset, bpe_sample(documents))
+        raise UserError(f"dataset {dataset!r} holds token ids: give --max_tokens, as they are read as a stream")
+    step = max(1, sum(map(len, documents)) // BPE_SAMPLE)  # a sample spread evenly over the corpus
+    most = documents[0][: len(documents[0]) * 19 // 20]  # where the only document is validation text by its hash
+    encoding = choose_encoding(dataset, lambda: sample_of(documents[::step], 2 * BPE_SAMPLE) or most)
     assert encoding.n_vocab <= 2**16, "uint16 holds 65,536 tokens"
 
-    temporary = home.with_name(f"{home.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        size = Counter()
-        with open(temporary / "train.bin", "wb") as train, open(temporary / "val.bin", "wb") as val:
-            for split, ids in split_documents(documents, encoding):
-                np.array([*ids, encoding.eot_token], np.uint16).tofile({"train": train, "val": val}[split])
-                size[split] += len(ids) + 1
-        finish(
-            temporary, home, {"fingerprint": mark, "dataset": dataset, "documents": len(documents), **size}, encoding
-        )
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    meta = {"fingerprint": mark, "dataset": dataset, "documents": len(documents), "train": 0, "val": 0}
+    pairs = tqdm(split_documents(documents), desc="tokenise", unit=" documents")
+    made = home.with_name(f"{home.name}.{os.urandom(4).hex()}.tmp")
+    remedy = "make room and give the same command again"
+    with explained(f"cannot write the tokens of {dataset!r} to {home}", remedy, OSError):
+        made.mkdir(parents=True)
+        try:
+            with open(made / "train.bin", "wb") as train, open(made / "val.bin", "wb") as val:
+                for split, ids in itertools.chain.from_iterable(encoded(dataset, pairs, encoding)):
+                    {"train": train, "val": val}[split].write(ids.tobytes())
+                    meta[split] += len(ids)
+            finish(made, home, meta, encoding)
+        finally:
+            remove(made)
 
 
 def tokenise_stream(dataset: str, home: Path, mark: str, max_tokens: int) -> None:
     """As `tokenise`, but a few documents at a time and only until there are max_tokens tokens (0: until the end).
 
-    Restartable at any moment: progress.json names the documents, tokens and place in the source that are on the disk; what
-    came after it is cut off and made again. A full disk is an OSError that leaves this state.
+    Restartable at any moment: progress.json in <home>.part names the documents, tokens and place in the source that are
+    on the disk; what came after it is cut off and made again. A full disk is a UserError that leaves this state.
     """
-    rows = open_rows(dataset)
     part = home.with_name(home.name + ".part")
+    check_ours(home, "meta.json")
+    check_ours(part, "progress.json")
+    rows = open_rows(dataset)
     progress = {"fingerprint": mark, "source": None, "vocab": None, "documents": 0, "train": 0, "val": 0, "largest": 0}
-    try:
-        saved = json.loads((part / "progress.json").read_text())
-        if saved["fingerprint"] == mark and all(
-            (part / f"{s}.bin").stat().st_size >= 2 * saved[s] for s in ("train", "val")
-        ):
-            progress = saved
-            rows.load_state_dict(saved["source"])
-            print(f"data: {dataset}: going on after document {saved['documents']:,}")
-    except (OSError, ValueError, KeyError):
-        pass  # none, or of another source: from the beginning
+    saved, there = read_mark(part / "progress.json"), stored(part)
+    if saved.get("fingerprint") == mark and saved["documents"] and all(there[s] >= saved[s] for s in there):
+        progress = saved
+        rows.load_state_dict(saved["source"])
+        print(f"data: {dataset}: going on after document {saved['documents']:,}")
     documents = documents_of(dataset, rows)
-    first = next(documents, None)
-    if first is None and not progress["documents"]:
-        raise ValueError(f"dataset {dataset!r} holds no text")
-    encoding = stream_encoding(dataset, first) if progress["vocab"] is None else encoding_of(progress["vocab"], dataset)
-    progress["vocab"] = vocab_of(encoding)
-    documents = itertools.chain([first] if first is not None else [], documents)
+    if progress is not saved:
+        if (first := next(documents, None)) is None:
+            raise UserError(f"dataset {dataset!r} holds no text")
+        documents = itertools.chain([first], documents)
+        sample = lambda: sample_of(documents_of(dataset, open_rows(dataset)), BPE_SAMPLE) or first
+        # Token ids have a stand-in for now: how many kinds there are is known at the end.
+        progress["vocab"] = 2 if isinstance(first, list) else vocab_of(choose_encoding(dataset, sample))
+    encoding = encoding_of(progress["vocab"], dataset)
 
-    def settled() -> None:
-        for split, file in files.items():
-            file.flush()
-            os.fsync(file.fileno())
-        with written(part / "progress.json") as temporary:
-            temporary.write_text(json.dumps(progress | {"source": rows.state_dict()}))
-
-    try:
+    pairs = (("val" if is_validation(document) else "train", document) for document in documents)
+    remedy = "make room and give the same command again, it goes on from there"
+    with explained(f"cannot write the tokens of {dataset!r} to {part}", remedy, OSError):
         part.mkdir(parents=True, exist_ok=True)
-        with open(part / "train.bin", "ab") as train, open(part / "val.bin", "ab") as val:
-            files = {"train": train, "val": val}
-            for split, file in files.items():
-                file.truncate(2 * progress[split])
-            total = progress["train"] + progress["val"]
-            bar = tqdm(total=max_tokens or None, initial=total, desc="tokenise", unit=" tokens", unit_scale=True)
-            next_settle = total + SETTLE
-            while (not max_tokens or total < max_tokens) and (some := list(itertools.islice(documents, 64))):
-                for document, ids in zip(some, ids_of(dataset, some, encoding)):
-                    split = "val" if is_validation(document) else "train"
-                    ids.tofile(files[split])
-                    progress["documents"] += 1
-                    progress[split] += len(ids)
-                    progress["largest"] = max(progress["largest"], int(ids.max()))
-                    total += len(ids)
-                    if max_tokens and total >= max_tokens:
-                        break
-                bar.update(total - bar.n)
-                if total >= next_settle:
-                    next_settle = total + SETTLE
-                    settled()
-            settled()
-            bar.close()
-    except OSError as error:
-        raise OSError(
-            f"cannot write the tokens of {dataset!r} to {part} ({error.strerror or error}): make room and give the same command again, it goes on from there"
-        ) from error
-    if total < max_tokens:
-        print(
-            f"data: {dataset} ends after {total:,} tokens, fewer than the {max_tokens:,} asked for: training goes round it more than once"
-        )
-    if not (progress["train"] and progress["val"]):
-        shutil.rmtree(part)
-        if hub_set(dataset) or encoding.name == "ids":
-            raise ValueError(
-                f"dataset {dataset!r}: its {progress['documents']} documents are too few for a training and a validation set: raise --max_tokens"
-            )
-        return tokenise(dataset, home, mark)  # so few documents that one has to be divided
-    if encoding.name == "ids":
-        encoding = numbered_encoding(progress["largest"] + 1)
-    finish(
-        part,
-        home,
-        {"dataset": dataset, **{name: progress[name] for name in ("fingerprint", "documents", "train", "val")}},
-        encoding,
-    )
-    (home / "progress.json").unlink()  # only now that nothing can be lost
-
-
-def stream_encoding(dataset: str, first: str | list[int]) -> tiktoken.Encoding:
-    """GPT-2's encoding; for token ids their own; for local text where GPT-2's cannot be had one learnt from its beginning."""
-    if isinstance(first, list):
-        return numbered_encoding(2)  # its size is known at the end
-    if hub_set(dataset):
-        return gpt2(dataset)
-    sample, size = [], 0
-    for document in documents_of(dataset, open_rows(dataset)):
-        if not is_validation(document):
-            sample.append(document)
-            size += len(document)
-        if size > BPE_SAMPLE:
-            break
-    return choose_encoding(dataset, "".join(sample)[: 2 * BPE_SAMPLE] or first)
-
-
-def ids_of(dataset: str, documents: list[str] | list[list[int]], encoding: tiktoken.Encoding) -> list[np.ndarray]:
-    """uint16 tokens of each document: text with an end-of-text token behind it, ids as they came."""
-    if encoding.name != "ids":
-        return [
-            np.array([*ids, encoding.eot_token], np.uint16)
-            for ids in encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count() or 1)
-        ]
-    for ids in documents:
-        if min(ids) < 0 or max(ids) >= 2**16:
-            raise ValueError(
-                f"dataset {dataset!r} has the token id {min(ids) if min(ids) < 0 else max(ids)}: 0 to 65,535 can be stored"
-            )
-    return [np.array(ids, np.uint16) for ids in documents]
-
-
-def bpe_sample(documents: list[str]) -> str:
-    """About BPE_SAMPLE characters of training documents, spread evenly over the corpus."""
-    total = sum(map(len, documents))
-    step = max(1, total // BPE_SAMPLE)
-    return (
-        "".join(d for d in documents[::step] if not is_validation(d))[: 2 * BPE_SAMPLE]
-        or documents[0][: int(0.95 * len(documents[0]))]
-    )
-
-
-def is_validation(document: str | list[int]) -> bool:
-    content = (
-        document.encode("utf-8", "replace") if isinstance(document, str) else np.array(document, np.int64).tobytes()
-    )
-    return zlib.crc32(content) % 20 == 0
-
-
-def split_documents(documents: list[str], encoding: tiktoken.Encoding) -> Iterator[tuple[str, list[int]]]:
-    """(split, tokens) of every document; where the hash leaves a split empty, the last document or its last 5 % goes there."""
-    splits = ["val" if is_validation(d) else "train" for d in documents]
-    if len(set(documents)) == 1:
-        cut = int(0.95 * len(documents[0]))
-        print("data: one document only: its last 5 % is the validation text")
-        documents, splits = [documents[0][:cut], documents[0][cut:]], ["train", "val"]
-    elif len(set(splits)) == 1:  # with all its copies
-        splits = [
-            {"train": "val", "val": "train"}[split] if d == documents[-1] else split
-            for d, split in zip(documents, splits)
-        ]
-    bar = tqdm(total=sum(map(len, documents)), desc="tokenise", unit=" characters", unit_scale=True)
-    for i in range(0, len(documents), 64):  # a few documents at a time on several threads
-        for split, document, ids in zip(
-            splits[i : i + 64],
-            documents[i : i + 64],
-            encoding.encode_ordinary_batch(documents[i : i + 64], num_threads=os.cpu_count() or 1),
-        ):
-            bar.update(len(document))
-            yield split, ids
-    bar.close()
+        if progress is not saved:
+            write_text(part / "progress.json", json.dumps(progress))  # before any other file: it makes the folder ours
+        append(part, progress, encoded(dataset, pairs, encoding), rows.state_dict, max_tokens or float("inf"))
+        total = progress["train"] + progress["val"]
+        if total < max_tokens:
+            print(f"data: {dataset} ends after {total:,} tokens, fewer than the {max_tokens:,} asked for: ", end="")
+            print("training goes round it more than once")
+        if progress["train"] and progress["val"]:
+            if encoding.name == "ids":
+                encoding = numbered_encoding(progress["largest"] + 1)
+            meta = {"dataset": dataset} | {k: progress[k] for k in ("fingerprint", "documents", "train", "val")}
+            return finish(part, home, meta, encoding)
+        remove(part)
+    if hub_set(dataset) or encoding.name == "ids":
+        few = f"its {progress['documents']} documents are too few for a training and a validation set"
+        raise UserError(f"dataset {dataset!r}: {few}: raise --max_tokens")
+    tokenise(dataset, home, mark)  # so few documents that one has to be divided

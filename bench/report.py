@@ -1,9 +1,10 @@
 """Time studies/report.py with many live subcomponents: seconds, megabytes of the page, peak memory.
 
-    OMP_NUM_THREADS=1 python -m bench.report out/vpd-stdlib
+    OMP_NUM_THREADS=1 python -m bench.report out/vpd-stdlib    # 3 minutes of CPU, nearly all for 10,000
 
-The run gives the target and the text. U, V and the causal importances are synthetic: as many subcomponents as asked for, spread
-over its matrices, each important where a random direction of the target's activations is in its highest 0.1 to 10 % of tokens, about 2 % in the mean.
+The run gives the target and the text. U, V and the causal importances are synthetic: as many subcomponents as asked
+for, spread over its matrices. Each is important where a random direction of the target's activations is in its highest
+0.1 to 10 % of tokens, about 2 % in the mean.
 """
 
 import resource
@@ -13,29 +14,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cluster import open_run
+from eval import open_run
 from model import Decomposition, rms_norm
-from run import run_script
-from studies import report as interpret
+from run import UserError, run_script
+from studies import report
 
 
 class Gamma(nn.Module):
     """inputs, L x [B, T, d_in], to z [B, T, C]: above 0 at the share of positions that each subcomponent was given."""
 
-    def __init__(self, inputs: list[torch.Tensor], C: int, generator: torch.Generator) -> None:
+    def __init__(self, inputs: list[Tensor], C: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.W = nn.Parameter(torch.randn(sum(x.shape[-1] for x in inputs), C, generator=generator) / 10)
+        self.W, self.threshold = torch.randn(sum(x.shape[-1] for x in inputs), C, generator=generator) / 10, 0.0
         share = 10 ** (-1 - 2 * torch.rand(C, generator=generator))
-        z = self.seen(inputs).flatten(0, 1).sort(0, descending=True).values
-        self.threshold = nn.Parameter(z.gather(0, (share * len(z)).long()[None])[0])
+        z = self(inputs).flatten(0, 1).sort(0, descending=True).values
+        self.threshold = z.gather(0, (share * len(z)).long()[None])[0]
 
-    def seen(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([rms_norm(x) for x in inputs], -1) @ self.W
-
-    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        return self.seen(inputs) - self.threshold
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return torch.cat([rms_norm(x) for x in inputs], -1) @ self.W - self.threshold
 
 
 @dataclass(frozen=True)
@@ -46,33 +44,26 @@ class Config:
     keep: str = ""  # folder for the pages; default none is kept
 
     def __post_init__(self) -> None:
-        if not all(n.isdigit() and int(n) > 0 for n in self.live.split(",")):
-            raise ValueError(f"live={self.live!r}: must be whole numbers, as in 1000,10000")
+        if not all(n.isdecimal() and int(n) > 0 for n in self.live.split(",")):
+            raise UserError(f"live={self.live!r}: must be whole numbers, as in 1000,10000")
 
 
-@torch.no_grad()
 def main(config: Config) -> None:
-    run, corpus = open_run(config.run, "", "cpu")
+    run, corpus = open_run(config.run, device="cpu")
+    names, target, generator = run.decomposition.names, run.decomposition.target, torch.Generator().manual_seed(0)
     for live in map(int, config.live.split(",")):
-        generator = torch.Generator().manual_seed(0)
-        L, target = run.decomposition.L, run.decomposition.target
-        counts = [live // L + (l < live % L) for l in range(L)]
-        D = Decomposition(target, dict(zip(run.decomposition.names, counts)), generator)
-        _, inputs = D.target_pass(corpus.batch("val", 0, 64, run.config["T"])[:, :-1])
+        C = {name: live // len(names) + (l < live % len(names)) for l, name in enumerate(names)}
+        decomposition = Decomposition(target, {name: n for name, n in C.items() if n}, generator, "hidden")
+        _, inputs = decomposition.target_pass(corpus.batch("val", 0, 64, run.config["T"])[:, :-1])
+        gamma = Gamma(inputs, live, generator)
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(config.keep or folder) / str(live)
-            synthetic = replace(run, folder=Path(folder), decomposition=D, ci_fn=Gamma(inputs, live, generator))
+            synthetic = replace(run, folder=Path(folder), decomposition=decomposition, ci_fn=gamma)
+            asked = report.Config("", tokens=config.tokens, out=str(Path(config.keep or folder) / str(live)))
             began, busy = time.time(), time.process_time()
-            with torch.enable_grad():
-                path = interpret.report(synthetic, corpus, interpret.Config("", tokens=config.tokens, out=str(out)))
-            seconds, busy, gigabytes = (
-                time.time() - began,
-                time.process_time() - busy,
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            )
-            print(
-                f"{live:6,d} subcomponents: {seconds:6.1f} s, {busy:6.1f} s of CPU, {path.stat().st_size / 1e6:5.1f} MB, peak memory {gigabytes:.2f} GiB"
-            )
+            size = report.report(synthetic, corpus, asked).stat().st_size / 1e6
+        seconds, busy = time.time() - began, time.process_time() - busy
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{live:6,d}: {seconds:6.1f} s, {busy:6.1f} s of CPU, {size:5.1f} MB, peak memory {memory:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Look at single subcomponents: one self-contained page, report.html, and labels.jsonl for whoever names them.
 
-    python -m studies.report out/vpd-stdlib                          # 20 s on one CPU core; decompose.py does it at its end
+    python -m studies.report out/vpd-stdlib                         # 20 s on one CPU core; decompose.py ends with it
     python -m studies.report out/vpd-stdlib --prompt='for i in range(' --prompt='x = ('
-    python -m studies.report out/vpd-stdlib --labels=named.jsonl     # a labels.jsonl with its labels filled in, shown on the page
+    python -m studies.report out/vpd-stdlib --labels=named.jsonl    # a labels.jsonl whose labels somebody filled in
 
-The page opens by double click, works offline and asks nothing of any network. It shows the live subcomponents of eval.py (mean g
-above ALIVE on its windows); everything else about them is counted by studies/harvest.py over more validation text.
+The page opens by double click, works offline and asks nothing of any network. It shows the live subcomponents of
+eval.py: mean g above ALIVE on its windows. All else about them is counted by studies/harvest.py over more text.
 
   A. Prompts     what is important where, and what the model predicts under four masks
   B. Labels      out, for a person or a language model to fill in, and back
@@ -27,29 +27,18 @@ import torch
 from torch import Tensor
 
 import data
-from cluster import open_run
-from eval import ALIVE, PGD_STEPS, Run, adversarial_sources, layer_of, masks, mean_importances, read_metrics
-from eval import Config as Evaluation
+import eval as evaluation
+from cluster import read_clusters
+from eval import ALIVE, Run, adversarial_sources, layer_of, masks, mean_importances
 from losses import mask
-from run import read_log, run_script, written
-from studies.components import read_clusters
-from studies.harvest import (
-    BINS,
-    CONTEXT,
-    TOP,
-    Examples,
-    Harvest,
-    coactive,
-    columns_of,
-    harvest,
-    norms,
-    promoted,
-    token_table,
-)
+from run import UserError, read_log, require, run_script, write_text
+from studies import harvest
+from studies.harvest import Examples, Harvest
 
 MOST_EXAMPLES = 120_000  # in a report, of all subcomponents together: what keeps it under 30 MB
 PROMPT_TOKENS = 64  # of a prompt taken from the validation text, at most
 MODES = ("target", "rounded", "stochastic", "adversarial")  # of the prompts
+ADV_STEPS = 20  # of the adversary of a prompt
 OUT_OF = 255  # g in the page, in steps of 1/255
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,47 +46,50 @@ OUT_OF = 255  # g in the page, in steps of 1/255
 
 
 def read_prompts(run: Run, corpus: data.Corpus, texts: tuple[str, ...], n_val: int, seed: int) -> list[list[int]]:
-    """Tokens of each text, then n_val prompts from the validation text. ValueError for one that is empty or too long."""
+    """Tokens of each text, then n_val prompts of the validation text. UserError for one that is empty or too long."""
     T, prompts = run.config["T"], []
     for text in texts:
-        prompts.append(corpus.encoding.encode_ordinary(text) if corpus.encoding.name != "ids" else [])
-        if not prompts[-1]:
-            raise ValueError(
-                f"prompt={text!r} has no tokens"
-                + (": this corpus came as token ids, its vocabulary is unknown" if text else "")
-            )
-        if len(prompts[-1]) > T:
-            raise ValueError(f"prompt={text!r} has {len(prompts[-1])} tokens: the context is {T}")
+        if corpus.encoding.name == "ids":
+            raise UserError(f"prompt={text!r}: this corpus came as token ids, its vocabulary is unknown")
+        prompts.append(corpus.encoding.encode_ordinary(text))
+        if not 0 < len(prompts[-1]) <= T:
+            raise UserError(f"prompt={text!r} has {len(prompts[-1]) or 'no'} tokens: the context is {T}")
     if n_val:
         prompts += corpus.batch("val", 1, n_val, min(T, PROMPT_TOKENS), seed)[:, :-1].tolist()
     return prompts
 
 
 def look_at_prompt(run: Run, tokens: list[int], seed: int) -> dict[str, np.ndarray]:
-    """g [T, C], and of each of MODES the five most probable next tokens [T, modes, 5], their probabilities, and KL(target || mode) in
-    nats [T, modes]. rounded: 1 where g > 0; stochastic: g + (1 - g) r with r ~ U(0, 1); adversarial: as eval.py finds r in 20 steps."""
-    device, D = next(run.ci_fn.parameters()).device, run.decomposition
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.tensor([tokens], device=device)
-    target_output, g = run.importances(x)
-    r = adversarial_sources(D, x, target_output, g, PGD_STEPS[0], generator)[0]
+    """What is important at the T tokens of a prompt, and what the model predicts there under each of MODES.
+
+    n [T]: how many subcomponents have g > 0; c, g [sum of n]: which of all C they are, and their g. token, p [T, modes,
+    5]: the five most probable next tokens and their probabilities; kl [T, modes]: KL(target || mode), nats.
+    Masks: rounded, 1 where g > 0; stochastic, g + (1 - g) r with r ~ U(0, 1); adversarial, r as eval.py finds it.
+    """
+    decomposition, generator = run.decomposition, torch.Generator(run.device).manual_seed(seed)
+    x = torch.tensor([tokens], device=run.device)
+    target_hidden, g, _ = run.importances(x)
+    r, _, _ = adversarial_sources(decomposition, [(x, target_hidden, g)], ADV_STEPS, generator, run.kl)
+    ms = [masks(mode, g, decomposition.L, generator) for mode in ("rounded_0.0", "stochastic")] + [mask(g, r[0])]
+    found: dict[str, list] = {"token": [], "p": [], "kl": []}
     with torch.no_grad():
-        outputs = [
-            target_output,
-            *(
-                D(x, m)
-                for m in (masks("rounded_0.0", g, D.L, generator), masks("stochastic", g, D.L, generator), mask(g, r))
-            ),
-        ]
-    log_p = torch.cat([output.float().log_softmax(-1) for output in outputs])  # [modes, T, vocab]
-    kl = (log_p[0].exp() * (log_p[0] - log_p)).sum(-1).clamp(min=0)
-    p, token = log_p.exp().topk(min(5, log_p.shape[-1]), -1)
-    found = {"g": g[0], "token": token.transpose(0, 1), "p": p.transpose(0, 1), "kl": kl.T}
-    return {name: value.cpu().numpy() for name, value in found.items()}
+        target_log_p = run.logits(target_hidden[0]).float().log_softmax(-1)  # [T, vocab]
+        for m in [None, *ms]:
+            log_p = target_log_p if m is None else run.logits(decomposition(x, m)[0]).float().log_softmax(-1)
+            p, token = log_p.exp().topk(min(5, log_p.shape[-1]), -1)
+            kl = (target_log_p.exp() * (target_log_p - log_p)).sum(-1).clamp(min=0)
+            for name, value in zip(found, (token, p, kl)):
+                found[name].append(value.cpu().numpy())
+    g = g[0].cpu().numpy()
+    at = np.nonzero(g)
+    return {"n": (g > 0).sum(1), "c": at[1], "g": g[at]} | {name: np.stack(of, 1) for name, of in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # B. Labels
+
+OURS = {"name", "matrix", "density", "mean_g", "mean_activation", "top", "random", "promotes", "suppresses"}
+OURS |= {f"{kind}_by_{by}" for kind in ("input", "predicted") for by in ("recall", "pmi")}  # all but the label
 
 
 def short(name: str) -> str:
@@ -105,28 +97,41 @@ def short(name: str) -> str:
     return name.removeprefix("blocks.")
 
 
-def read_labels(path: str | Path, names: list[str]) -> dict[str, str]:
-    """{name: label} of a labels.jsonl, empty labels left out. FileNotFoundError; ValueError for what is not one, or an unknown name."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"labels={path} does not exist")
-    labels, known = {}, set(names)
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+def read_labels(path: Path) -> dict[str, dict]:
+    """{name: what is written by hand} of a labels.jsonl: `label`, if not empty, and whatever else is not one of OURS.
+
+    UserError for what is not such a file, or says two things of one subcomponent.
+    """
+    by_hand, must = {}, '{"name": ..., "label": ...}'
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"labels={path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"labels={path} is not UTF-8 ({error})") from error
+    for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            name, label = row["name"], row["label"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'labels={path}: line {i} is not {{"name": ..., "label": ...}} ({type(error).__name__})'
-            ) from error
-        if not isinstance(name, str) or not isinstance(label, str) or name not in known:
-            raise ValueError(
-                f"labels={path}: line {i}: {name!r} is no live subcomponent of this run with a label in words; names are like {names[0]}"
-            )
-        if label.strip():
-            labels[name] = label.strip()
-    return labels
+            name, label = str(row["name"]), row["label"].strip()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"labels={path}: line {i} is not {must} ({type(error).__name__})") from error
+        said = {key: value for key, value in (row | {"label": label}).items() if key not in OURS and value != ""}
+        if said and by_hand.setdefault(name, said) != said:
+            raise UserError(f"labels={path}: line {i}: {name} has a label already")
+    return by_hand
+
+
+def lose_nothing(folder: Path, by_hand: dict[str, dict]) -> None:
+    """UserError if there is anything written by hand where report.html, and labels.jsonl with `by_hand`, are to go."""
+    page, labels = folder / "report.html", folder / "labels.jsonl"
+    if labels.exists() and any(by_hand.get(name) != said for name, said in read_labels(labels).items()):
+        raise UserError(f"{labels} holds labels: give --labels={labels} to keep and show them, or move it away")
+    if page.exists():
+        text = page.read_text(encoding="utf-8", errors="replace")
+        if 'id="data">' not in text or "{{data}}" in text:  # the second is the template
+            raise UserError(f"{page} is no report: give another --out, or move it away")
 
 
 def marked(examples: Examples, c: int, strings: list[str], T: int, n: int) -> list[str]:
@@ -134,43 +139,30 @@ def marked(examples: Examples, c: int, strings: list[str], T: int, n: int) -> li
     texts = []
     for j in range(min(n, int(examples.priority[c].isfinite().sum()))):
         t = int(examples.t[c, j])
-        inside = slice(max(0, CONTEXT - t), CONTEXT + T - t)  # the window may end sooner
+        inside = slice(max(0, harvest.CONTEXT - t), harvest.CONTEXT + T - t)  # the window may end sooner
         pairs = zip(examples.tokens[c, j, inside].tolist(), examples.g[c, j, inside].tolist())
-        texts.append(
-            "".join(f"«{strings[token]}»" if g > 0 else strings[token] for token, g in pairs).replace("»«", "")
-        )
+        text = "".join(f"«{strings[token]}»" if g > 0 else strings[token] for token, g in pairs)
+        texts.append(text.replace("»«", ""))
     return texts
 
 
-def records(page: dict, arrays: dict[str, np.ndarray], h: Harvest, T: int) -> list[dict]:
-    """A line of labels.jsonl for each live subcomponent: all that a person or a language model needs to say what it is, and `label`."""
+def records(names: list[str], by_hand: dict[str, dict], page: dict, arrays: dict, h: Harvest) -> list[dict]:
+    """A line of labels.jsonl for each live subcomponent: all that one needs to say what it is, and `label`."""
     strings, rows = page["tokens"], []
-
-    def table(kind: str, c: int, column: str) -> list:
-        kept = arrays[kind + "_count"][c] > 0
-        return [
-            [strings[t], float(f"{x:.3g}")]
-            for t, x in zip(arrays[kind + "_token"][c][kept].tolist(), arrays[f"{kind}_{column}"][c][kept].tolist())
-        ]
-
-    for c, (matrix, number) in enumerate(zip(arrays["matrix"].tolist(), arrays["number"].tolist())):
-        row = {
-            "name": f"{page['matrices'][matrix]['name']}:{number}",
-            "label": page["labels"].get(str(c), ""),
-            "matrix": page["matrices"][matrix]["full"],
-        }
-        row |= {"density": h.fires[c] / h.N, "mean_g": h.sum_g[c] / h.N, "mean_activation": float(arrays["mean_a"][c])}
-        row |= {"top": marked(h.top, c, strings, T, 6), "random": marked(h.random, c, strings, T, 6)}
-        row |= {
-            f"{kind}_by_{by}": table(f"{kind}_{by}", c, by)
-            for kind in ("input", "predicted")
-            for by in ("recall", "pmi")
-        }
+    for c, name in enumerate(names):
+        matrix = page["matrices"][arrays["matrix"][c]]["full"]
+        row = {"name": name, "label": ""} | by_hand.get(name, {}) | {"matrix": matrix}
+        row |= {"density": h.fires[c] / h.N, "mean_g": h.sum_g[c] / h.N}
+        row |= {"mean_activation": float(f"{arrays['mean_a'][c]:.4g}")}
+        row |= {kind: marked(getattr(h, kind), c, strings, page["T"], 6) for kind in ("top", "random")}
+        for table in ("input_recall", "input_pmi", "predicted_recall", "predicted_pmi"):
+            kind, by = table.split("_")
+            tokens, values, counts = (arrays[f"{table}_{column}"][c].tolist() for column in ("token", by, "count"))
+            best = [[strings[t], float(f"{x:.3g}")] for t, x, count in zip(tokens, values, counts) if count]
+            row[f"{kind}_by_{by}"] = best
         if arrays["promoted"][c].any():
-            row |= {
-                side: [strings[t] for t in arrays["promoted_token"][c, i].tolist()]
-                for i, side in enumerate(("promotes", "suppresses"))
-            }
+            sides = zip(("promotes", "suppresses"), arrays["promoted_token"][c].tolist())
+            row |= {side: [strings[t] for t in tokens] for side, tokens in sides}
         rows.append(row)
     return rows
 
@@ -180,145 +172,108 @@ def records(page: dict, arrays: dict[str, np.ndarray], h: Harvest, T: int) -> li
 
 
 def visible(token: bytes) -> str:
-    """A token as text in which every character can be seen, but for the space: ⏎ for a line break, ␀ for a null byte, ⟨200B⟩ for a
-    space without width, \\xe2 for a byte that is no character by itself."""
-    text = token.decode("utf-8", "backslashreplace").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(
-        c if c.isprintable() else chr(0x2400 + ord(c)) if c < " " else "␡" if c == "\x7f" else f"⟨{ord(c):04X}⟩"
-        for c in text
-    )
+    """A token as text in which every character can be seen, but for the space.
+
+    ⏎ for a line break, ␀ for a null byte, ⟨200B⟩ for a space without width, \\xe2 for a byte that is no character.
+    """
+    text = token.decode("utf-8", "backslashreplace").replace("\n", "⏎").replace("\t", "⇥").replace("\x7f", "␡")
+    return "".join(c if c.isprintable() else chr(0x2400 + ord(c)) if c < " " else f"⟨{ord(c):04X}⟩" for c in text)
 
 
-def shortened(x: np.ndarray) -> np.ndarray:
-    """float32 with three to four significant digits, which gzip packs to half the size: the last 12 bits are 0."""
+def smallest(x: np.ndarray) -> np.ndarray:
+    """Whole numbers in the smallest type that holds them.
+
+    Others in float32 of three to four significant digits, which gzip packs to half the size: the last 12 bits are 0.
+    """
+    if x.dtype.kind in "iu":
+        low, high = (int(x.min()), int(x.max())) if x.size else (0, 0)
+        return x.astype(np.min_scalar_type(min(low, -high - 1) if low < 0 else high))
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + np.uint32(1 << 11)) & np.uint32(0xFFFFF000)).view(np.float32)
 
 
 def steps_of_g(g: np.ndarray) -> np.ndarray:
     """g in steps of 1/OUT_OF, rounded up, so that only 0 is 0."""
-    return np.ceil(g * OUT_OF).astype(np.uint8)
+    return np.ceil(g * OUT_OF).astype(int)
 
 
 def pack(page: dict, arrays: dict[str, np.ndarray]) -> str:
-    """Base64 of gzip of: the length of the JSON (8 bytes, little-endian), the JSON, the arrays, each from a multiple of 8 bytes.
+    """Base64 of gzip of: the length of the JSON (8 bytes, little-endian), the JSON, the arrays at multiples of 8 bytes.
 
-    The JSON is `page` and `arrays`: {name: [dtype, first byte, numbers]}. Base64 has no letter that ends or begins anything in HTML.
+    The JSON is `page` and `arrays`: {name: [dtype, first byte, numbers]}. No letter of base64 means anything in HTML.
     """
     blobs, directory, at = [], {}, 0
     for name, array in arrays.items():
+        array = smallest(array)
         directory[name] = [array.dtype.name, at, array.size]
         blobs.append(array.tobytes() + bytes(-array.nbytes % 8))
         at += len(blobs[-1])
     text = json.dumps(page | {"arrays": directory}, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
-    return base64.b64encode(
-        gzip.compress(b"".join([len(text).to_bytes(8, "little"), text, *blobs]), 6, mtime=0)
-    ).decode()
+    packed = gzip.compress(b"".join([len(text).to_bytes(8, "little"), text, *blobs]), 6, mtime=0)
+    return base64.b64encode(packed).decode()
 
 
-def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, np.ndarray | None]:
-    """What the page says of the whole run: matrices, the table of eval.py, losses, clusters; and the cluster of each of all C."""
+def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, dict]:
+    """What the page says of the whole run: matrices, the table of eval.py, losses, clusters."""
     C, c = run.decomposition.C, run.config
-    parts = zip(C.items(), mean_g.split(list(C.values())), l0.split(list(C.values())))
     matrices = [
-        {
-            "name": short(name),
-            "full": name,
-            "layer": short(layer_of(name)),
-            "C": n,
-            "live": int((g > ALIVE).sum()),
-            "l0": float(part.sum()),
-        }
-        for (name, n), g, part in parts
+        {"name": short(name), "full": name, "layer": short(layer_of(name)), "C": n, "live": int((part > ALIVE).sum())}
+        | {"l0": of_l0.sum().item()}
+        for (name, n), part, of_l0 in zip(C.items(), mean_g.split([*C.values()]), l0.split([*C.values()]))
     ]
     rows = read_log(run.folder) if (run.folder / "metrics.jsonl").is_file() else []
-    rows = rows[:: -(-len(rows) // 250)] if rows else []
-    betas = {
-        "adversarial": c["beta_adv"],
-        "stochastic": c["beta_stoch"],
-        "importance": c["beta_imp"],
-        "frequency": c["beta_freq"],
-        "faithfulness": c["beta_delta"],
-    }
-    log = {
-        name: [float(f"{row[name]:.4g}") for row in rows]
-        for name in ("step", "l0", "p", "total", *betas)
-        if rows and name in rows[0]
-    }
-    metrics = read_metrics(run.folder) if (run.folder / "metrics.json").is_file() else None
-    about = {
-        "run": run.folder.resolve().name,
-        "matrices": matrices,
-        "metrics": metrics,
-        "log": log,
-        "betas": betas,
-        "clusters": None,
-    }
-    if not (run.folder / "clusters.json").is_file():
-        return about, None
-    clusters, label, _ = read_clusters(run.folder, C)
-    components = [[part["rank"], round(part["fill"], 3), part["frequency"]] for part in clusters["components"]]
-    about["clusters"] = {"alpha": clusters["alpha"], "tau": clusters["tau"], "components": components}
-    return about, np.where(label < len(components), label, -1)  # -1: it never fired where they were counted
-
-
-def example_arrays(kind: str, examples: Examples, largest_a: np.ndarray) -> dict[str, np.ndarray]:
-    scale = 127 / np.maximum(largest_a, 1e-30)[:, None, None]
-    return {
-        f"{kind}_n": examples.priority.isfinite().sum(1).numpy().astype(np.uint8), f"{kind}_t": examples.t.numpy().astype(np.uint16),
-        f"{kind}_tokens": examples.tokens.numpy().astype(np.uint16), f"{kind}_g": steps_of_g(examples.g.numpy()),
-        f"{kind}_a": (examples.a.numpy() * scale).round().astype(np.int8),
+    rows = [row for row in rows if "total" in row]  # those of a short evaluation have other numbers
+    rows = rows[:: max(1, -(-len(rows) // 250))]
+    betas = {"adversarial": c["beta_adv"], "stochastic": c["beta_stoch"], "importance": c["beta_imp"]}
+    betas |= {"frequency": c["beta_freq"], "faithfulness": c["beta_delta"]}
+    logged = [name for name in ("step", "l0", "p", "total", *betas) if rows and name in rows[0]]
+    page = {
+        "run": run.folder.resolve().name, "matrices": matrices, "betas": betas, "alive": ALIVE, "clusters": None,
+        "metrics": evaluation.read_metrics(run.folder) if (run.folder / "metrics.json").is_file() else None,
+        "log": {name: [float(f"{row[name]:.4g}") for row in rows] for name in logged},
     }  # fmt: skip
+    cluster = np.full(len(mean_g), -1)  # none, or it never fired where they were counted
+    if (run.folder / "clusters.json").is_file():
+        clusters, label, _ = read_clusters(run.folder, C)
+        components = [[part["rank"], round(part["fill"], 3), part["frequency"]] for part in clusters["components"]]
+        page["clusters"] = {"alpha": clusters["alpha"], "tau": clusters["tau"], "components": components}
+        cluster = np.where(label < len(components), label, -1)
+    return page, {"all_mean_g": mean_g.numpy(), "cluster": cluster[mean_g > ALIVE]}
 
 
-def contents(
-    run: Run, corpus: data.Corpus, config: "Config", h: Harvest, mean_g: Tensor, l0: Tensor, prompts: list[list[int]]
-) -> tuple[dict, dict]:
-    """All of the page: what goes into its JSON, and the arrays, [n, ...] of the live subcomponents. See `pack`."""
-    D, n = run.decomposition, len(h.live)
-    columns = columns_of(h.live, D.C)
-    matrix = np.repeat(np.arange(D.L), [len(c) for c in columns])
-    mean_a = h.sum_a / np.maximum(1, h.fires)
-    norm, heads = norms(run, columns)
-    promoted_token, logits = promoted(run, columns, mean_a, h.rms_inverse)
-    place, overlap = coactive(h.together, h.fires, matrix, D.L)
-    page, cluster = of_the_run(run, mean_g, l0)
-    page |= {
-        "N": h.N, "T": run.config["T"], "context": CONTEXT, "bins": BINS, "top": TOP, "examples": h.top.t.shape[1], "alive": ALIVE, "out_of": OUT_OF,
-        "eval_tokens": run.config["eval_windows"] * run.config["T"], "dataset": corpus.name, "heads": heads.shape[1], "modes": MODES, "pgd": PGD_STEPS[0],
-        "tokens": [visible(corpus.encoding.decode_single_token_bytes(i)) for i in range(corpus.vocab_size)],
-        "prompts": [{"tokens": tokens, "own": i < len(config.prompt)} for i, tokens in enumerate(prompts)],
-    }  # fmt: skip
+def of_subcomponents(run: Run, h: Harvest) -> dict[str, np.ndarray]:
+    """Arrays [n, ...] of the live subcomponents: all that the page says of each."""
+    decomposition, columns = run.decomposition, harvest.columns_of(h.live, run.decomposition.C)
+    matrix, mean_a = np.repeat(np.arange(len(columns)), [len(c) for c in columns]), h.sum_a / np.maximum(1, h.fires)
+    norm, heads = harvest.norms(run, columns)
+    token, logits = harvest.promoted(run, columns, mean_a, h.rms_inverse)
+    place, overlap = harvest.coactive(h.together, h.fires, matrix, decomposition.L)
     arrays = {
-        "live": h.live.astype(np.uint32), "matrix": matrix.astype(np.uint16), "number": np.concatenate(columns).astype(np.uint32),
-        "cluster": (np.full(n, -1) if cluster is None else cluster[h.live]).astype(np.int32), "fires": h.fires.astype(np.uint32),
-        "mean_g": shortened(h.sum_g / h.N), "mean_a": shortened(mean_a), "largest_a": shortened(h.largest_a), "norm": shortened(norm), "heads_norm": shortened(heads),
-        "histogram_g": h.histogram_g.astype(np.uint32), "histogram_a": h.histogram_a.astype(np.uint32), "histogram_a_fires": h.histogram_a_fires.astype(np.uint32),
-        "a_range": shortened(h.a_range), "promoted_token": promoted_token.astype(np.uint16), "promoted": shortened(logits),
-        "coactive": place.astype(np.int32), "overlap": shortened(overlap), "all_mean_g": shortened(mean_g.numpy()),
+        "live": h.live, "matrix": matrix, "number": np.concatenate(columns), "fires": h.fires, "mean_g": h.sum_g / h.N,
+        "mean_a": mean_a, "largest_a": h.largest_a, "norm": norm, "heads_norm": heads, "histogram_g": h.histogram_g,
+        "histogram_a": h.histogram_a, "histogram_a_fires": h.histogram_a_fires, "a_range": h.a_range,
+        "promoted_token": token, "promoted": logits, "coactive": place, "overlap": overlap,
     }  # fmt: skip
     for kind, counts, total in (("input", h.input, h.input_total), ("predicted", h.predicted, h.predicted_total)):
         for by in ("recall", "pmi"):
-            table = token_table(counts, h.fires, total, h.N, by)
-            arrays |= {
-                f"{kind}_{by}_token": table["token"].astype(np.uint16),
-                f"{kind}_{by}_count": table["count"].astype(np.uint32),
-            }
-            arrays |= {f"{kind}_{by}_{name}": shortened(table[name]) for name in ("recall", "pmi")}
-    arrays |= example_arrays("top", h.top, h.largest_a) | example_arrays("random", h.random, h.largest_a)
+            table = harvest.token_table(counts, h.fires, total, h.N, by)
+            arrays |= {f"{kind}_{by}_{name}": values for name, values in table.items()}
+    scale = 127 / np.maximum(h.largest_a, 1e-30)[:, None, None]
+    for kind, examples in (("top", h.top), ("random", h.random)):
+        arrays |= {f"{kind}_n": examples.priority.isfinite().sum(1).numpy(), f"{kind}_t": examples.t.numpy()}
+        arrays |= {f"{kind}_tokens": examples.tokens.numpy(), f"{kind}_g": steps_of_g(examples.g.numpy())}
+        arrays |= {f"{kind}_a": (examples.a.numpy() * scale).round().astype(int)}
+    return arrays
 
-    looks = [look_at_prompt(run, tokens, config.seed) for tokens in prompts]
-    important = [np.nonzero(look["g"]) for look in looks]  # (position, column among all C) of each
-    arrays |= {
-        "prompt_n": np.concatenate([[0], *((look["g"] > 0).sum(1) for look in looks)]).astype(np.uint32),  # after a 0: at each position
-        "prompt_c": np.concatenate([np.empty(0), *(c for _, c in important)]).astype(np.uint32),
-        "prompt_g": steps_of_g(np.concatenate([np.empty(0), *(look["g"][at] for look, at in zip(looks, important))])),
-    }  # fmt: skip
-    for name, dtype in (("token", np.uint16), ("p", np.float32), ("kl", np.float32)):
-        flat = np.concatenate([np.empty(0), *(look[name].ravel() for look in looks)]).astype(dtype)
-        arrays["prompt_" + name] = shortened(flat) if dtype is np.float32 else flat
-    return page, arrays
+
+def of_prompts(looks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of all prompts, one behind the other; prompt_n begins with a 0: its running sum says where each is."""
+    if not looks:
+        return {}
+    flat = {name: np.concatenate([look[name].ravel() for look in looks]) for name in looks[0]}
+    flat |= {"n": np.append(0, flat["n"]), "g": steps_of_g(flat["g"])}
+    return {f"prompt_{name}": values for name, values in flat.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,9 +284,7 @@ def contents(
 class Config:
     run: str  # run folder of decompose.py
     tokens: int = 131_072  # of validation text, at most all of it, over which everything is counted
-    examples: int = (
-        16  # windows of each kind, top and random, of a subcomponent; fewer for more than 3,750 subcomponents
-    )
+    examples: int = 16  # windows of each kind, top and random, of each; fewer for more than 3,750 subcomponents
     prompt: tuple[str, ...] = ()  # a text to look at position by position; may be given several times
     val_prompts: int = 6  # such texts from the validation text
     labels: str = ""  # a labels.jsonl with its labels filled in, to show on the page
@@ -341,71 +294,72 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
     def __post_init__(self) -> None:
-        if min(self.tokens, self.examples) < 1 or min(self.val_prompts, self.seed) < 0:
-            raise ValueError(
-                f"tokens={self.tokens}, examples={self.examples}: must be at least 1, and val_prompts={self.val_prompts}, seed={self.seed} not negative"
-            )
+        require(self, "above 0", "tokens", "examples")
+        require(self, "0 or above", "val_prompts", "seed")
         if self.examples > 255:
-            raise ValueError(f"examples={self.examples}: at most 255")
+            raise UserError(f"examples={self.examples}: at most 255")
+
+
+def evaluated_importances(run: Run, corpus: data.Corpus) -> tuple[Tensor, ...]:
+    """mean_importances on eval.py's windows, [C] each, some windows at a time."""
+    n, T = run.config["eval_windows"], run.config["T"]
+    parts = run.batches(evaluation.validation_windows(corpus, n, T, evaluation.Config.seed))
+    means = zip(*(mean_importances([run.importances(x[:, :-1])[1]]) for x in parts))
+    return tuple((sum(len(x) * part.double() for x, part in zip(parts, of)) / n).float() for of in means)
 
 
 def live_names(run: Run, live: np.ndarray) -> list[str]:
     """Names of the columns `live` among all C, as in the page's links: "1.mlp.up:23"."""
-    return [
-        f"{short(name)}:{c}"
-        for name, numbers in zip(run.decomposition.names, columns_of(live, run.decomposition.C))
-        for c in numbers
-    ]
+    columns = harvest.columns_of(live, run.decomposition.C)
+    return [f"{short(name)}:{c}" for name, numbers in zip(run.decomposition.names, columns) for c in numbers]
 
 
 def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
     """Harvest, write report.html and labels.jsonl, and print where; returns the path of the page.
 
-    ValueError if nothing is live, a prompt or label does not fit, or labels.jsonl holds labels that would be lost.
+    UserError if nothing is live, a prompt or label does not fit, or something written by hand would be lost.
     """
     began, folder = time.time(), Path(config.out) if config.out else run.folder
-    evaluation = Evaluation(str(run.folder), windows=run.config["eval_windows"])
-    mean_g, l0 = mean_importances(run, corpus, evaluation)
-    live = np.flatnonzero(mean_g.numpy() > ALIVE)
+    mean_g, l0 = evaluated_importances(run, corpus)
+    live = np.flatnonzero(mean_g > ALIVE)
     if not len(live):
-        tokens = evaluation.windows * run.config["T"]
-        raise ValueError(
-            f"{run.folder}: no live subcomponent: none of {len(mean_g):,} has a mean g above {ALIVE:g} over {tokens:,} validation tokens; train longer, or with a smaller beta_imp"
-        )
+        seen = f"{run.config['eval_windows'] * run.config['T']:,} validation tokens"
+        why = f"none of {len(mean_g):,} has a mean g above {ALIVE:g} over {seen}"
+        raise UserError(f"{run.folder}: no live subcomponent: {why}; train longer, or with a smaller beta_imp")
     names = live_names(run, live)
-    labels = read_labels(config.labels, names) if config.labels else {}
-    kept = folder / "labels.jsonl"
-    if (
-        not config.labels
-        and kept.is_file()
-        and any(line.strip() and '"label": ""' not in line for line in kept.open(encoding="utf-8"))
-    ):
-        raise ValueError(f"{kept} holds labels: give --labels={kept} to keep and show them, or move it away")
+    by_hand = read_labels(Path(config.labels)) if config.labels else {}
+    for name in by_hand.keys() - names:
+        raise UserError(f"{config.labels}: {name!r} is no live subcomponent of this run; names are like {names[0]}")
+    lose_nothing(folder, by_hand)  # before the minutes that the rest may take
     prompts = read_prompts(run, corpus, config.prompt, config.val_prompts, config.seed)
+    page, arrays = of_the_run(run, mean_g, l0)
 
     k = min(config.examples, max(1, MOST_EXAMPLES // (2 * len(live))))
-    h = harvest(run, corpus, live, config.tokens, k, config.seed)
-    page, arrays = contents(run, corpus, config, h, mean_g, l0, prompts)
-    page["labels"] = {str(names.index(name)): label for name, label in labels.items()}
+    h = harvest.harvest(run, corpus, live, config.tokens, k, config.seed)
+    arrays |= of_subcomponents(run, h) | of_prompts([look_at_prompt(run, tokens, config.seed) for tokens in prompts])
+    page |= {
+        "N": h.N, "T": run.config["T"], "context": harvest.CONTEXT, "bins": harvest.BINS, "top": harvest.TOP,
+        "examples": k, "out_of": OUT_OF, "modes": MODES, "adv_steps": ADV_STEPS, "dataset": corpus.name,
+        "eval_tokens": run.config["eval_windows"] * run.config["T"], "heads": arrays["heads_norm"].shape[1],
+        "tokens": [visible(corpus.encoding.decode_single_token_bytes(i)) for i in range(corpus.vocab_size)],
+        "prompts": [{"tokens": tokens, "own": i < len(config.prompt)} for i, tokens in enumerate(prompts)],
+        "labels": {str(c): by_hand[name]["label"] for c, name in enumerate(names) if "label" in by_hand.get(name, {})},
+    }  # fmt: skip
+    rows = records(names, by_hand, page, arrays, h)
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.html"
-    with written(path) as temporary:
-        temporary.write_text(template.replace("{{data}}", pack(page, arrays)), encoding="utf-8")
-    with written(kept) as temporary:
-        temporary.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records(page, arrays, h, page["T"])),
-            encoding="utf-8",
-        )
-    print(
-        f"report: {len(live):,} live subcomponents over {h.N:,} tokens, {path.stat().st_size / 1e6:.1f} MB, {time.time() - began:.0f} s; labels to fill in: {kept}"
-    )
-    print(f"open {path}")
+    lose_nothing(folder, by_hand)  # somebody may have written since
+    path, labels = folder / "report.html", folder / "labels.jsonl"
+    write_text(path, template.replace("{{data}}", pack(page, arrays)))
+    write_text(labels, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    size, seconds = f"{path.stat().st_size / 1e6:.1f} MB", f"{time.time() - began:.0f} s"
+    print(f"report: {len(live):,} live subcomponents over {h.N:,} tokens, {size}, {seconds}")
+    print(f"labels to fill in: {labels}\nopen {path}")
     return path
 
 
 def main(config: Config) -> None:
-    report(*open_run(config.run, config.data_dir, config.device), config)
+    report(*evaluation.open_run(config.run, config.data_dir, config.device), config)
 
 
 if __name__ == "__main__":

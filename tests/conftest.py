@@ -1,16 +1,22 @@
-"""What the tests share: a tiny target f(x | W), a batch, and its decomposition."""
+"""What the tests share: a tiny target f(x | W), a batch, its decomposition; one tiny corpus, target and run for all."""
 
 import os
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test may use the network
+os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
+from tiny import TINY_TARGET, config
 
-from model import GPT, Decomposition, GPTConfig  # noqa: E402
+import decompose
+import tokenise
+import train_target
+from bench import cost
+from model import GPT, Decomposition, GPTConfig
 
 torch.set_num_threads(1)
 
@@ -36,3 +42,50 @@ def tokens():
 def decomposition(gpt):
     """All L = 12 matrices, C = 2 * (3 + 4 + 4 + 4 + 7 + 4) = 52."""
     return Decomposition(gpt, {"*.q": 3, "*.up": 7, "*": 4}, torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="session")
+def session_home(tmp_path_factory) -> Path:
+    """A folder with a small corpus `text` and a tiny target `target` trained on it."""
+    home = tmp_path_factory.mktemp("run")
+    (home / "text").mkdir()
+    for name in ("random.py", "shutil.py", "tempfile.py", "typing.py", "zipfile/__init__.py"):
+        source = tokenise.stdlib_folder() / name
+        if source.exists():
+            (home / "text" / (source.stem + str(len(name)) + ".txt")).write_text(source.read_text())
+    before = os.getcwd()
+    os.chdir(home)
+    train_target.main(train_target.Config(dataset="text", out="target", **TINY_TARGET))
+    os.chdir(before)
+    return home
+
+
+@pytest.fixture
+def home(session_home, monkeypatch) -> Path:
+    """The same, as the working directory. Runs made in it stay for the session: give them names of their own."""
+    monkeypatch.chdir(session_home)
+    return session_home
+
+
+@pytest.fixture(scope="session")
+def session_whole(session_home) -> Path:
+    before = os.getcwd()
+    os.chdir(session_home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "report", lambda *args: None)
+        decompose.main(config(out="whole", report_tokens=64, eval_every=4))
+    os.chdir(before)
+    return session_home / "whole"
+
+
+@pytest.fixture
+def whole(home, session_whole) -> Path:
+    """A finished run of decompose.py, with its report: not to be changed, copy it."""
+    return session_whole
+
+
+@pytest.fixture(autouse=True)
+def no_count(request, monkeypatch):
+    """The count of what a run costs takes longer than a tiny run: left out but where it is marked `count`."""
+    if "count" not in request.keywords:
+        monkeypatch.setattr(cost, "report", lambda *args: None)

@@ -11,7 +11,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's HTTP interface that streaming uses: a set's metadata, its list of files, and ranges of a file.
+    """What streaming uses of the hub's HTTP interface: a set's metadata, its list of files, ranges of a file.
 
     Set `root` to the folder; `asked` collects (method, path, range) of every request.
     """
@@ -26,23 +26,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_file(self.root / found[1] / found[2])
         elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             files = self.files(found[1])
-            self.send_json(
-                {
-                    "id": found[1],
-                    "sha": COMMIT,
-                    "private": False,
-                    "gated": False,
-                    "disabled": False,
-                    "siblings": [{"rfilename": f} for f in files],
-                },
-                bool(files),
-            )
+            about = {"id": found[1], "sha": COMMIT, "private": False, "gated": False, "disabled": False}
+            self.send_json(about | {"siblings": [{"rfilename": f} for f in files]}, bool(files))
         elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
-            folder = self.root / found[1] / found[2]
+            home, folder = self.root / found[1], self.root / found[1] / found[2]
             inside = sorted(folder.rglob("*") if "recursive=true" in self.path.lower() else folder.glob("*"))
-            self.send_json(
-                [self.about(found[1], str(p.relative_to(self.root / found[1]))) for p in inside], bool(inside)
-            )
+            self.send_json([self.about(found[1], str(p.relative_to(home))) for p in inside], bool(inside))
         else:
             self.send_json(None, False)
 
@@ -65,24 +54,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
     def send_json(self, value: object, good: bool) -> None:
-        self.send(
-            200 if good else 404,
-            json.dumps(value if good else {"error": "not found"}).encode(),
-            {} if good else {"X-Error-Code": "EntryNotFound"},
-        )
+        if good:
+            self.send(200, json.dumps(value).encode(), {})
+        else:
+            self.send(404, json.dumps({"error": "not found"}).encode(), {"X-Error-Code": "EntryNotFound"})
 
     def send_file(self, path: Path) -> None:
         if not path.is_file():
             return self.send_json(None, False)
-        content, status, headers = (
-            path.read_bytes(),
-            200,
-            {
-                "X-Repo-Commit": COMMIT,
-                "ETag": f'"{hashlib.sha1(path.read_bytes()).hexdigest()}"',
-                "Accept-Ranges": "bytes",
-            },
-        )
+        content, status = path.read_bytes(), 200
+        tag = f'"{hashlib.sha1(content).hexdigest()}"'
+        headers = {"X-Repo-Commit": COMMIT, "ETag": tag, "Accept-Ranges": "bytes"}
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
+from bench import cost
 from ci_fn import CITransformer, lower_leaky, upper_leaky
+from model import Block
+from run import UserError
 
 # z: forward value, dL/dz given dL/dg = +1, and given -1, with leak 0.01.
 LOWER = [
@@ -41,10 +44,14 @@ def test_gradient_in_the_leak_is_scaled_by_it(sigmoid, at, incoming, expected):
 d_INS, C = [16, 5, 32], 9
 
 
+def make(**settings):
+    torch.manual_seed(0)
+    return CITransformer(d_INS, C, **(dict(d_ci=24, n_layer=2, n_head=3, d_mlp=40) | settings))
+
+
 @pytest.fixture
 def gamma():
-    torch.manual_seed(0)
-    return CITransformer(d_INS, C, d_ci=24, n_layer=2, n_head=3, d_mlp=40)
+    return make()
 
 
 @pytest.fixture
@@ -88,5 +95,47 @@ def test_parameter_count(gamma):
 
 
 def test_heads_must_divide_d_ci_into_pairs():
-    with pytest.raises(ValueError, match="d_ci=20: RoPE needs a multiple of 2 [*] n_head=6"):
+    with pytest.raises(UserError, match="d_ci=20: RoPE needs a multiple of 2 [*] n_head=6"):
         CITransformer(d_INS, C, d_ci=20, n_head=3)
+
+
+def test_units_are_all_of_it_in_order(gamma):
+    parts = [id(p) for unit in gamma.units() for p in unit.parameters()]
+    assert parts == [id(p) for p in gamma.parameters()]
+
+
+def of_a_pass(gamma, inputs, run=None):
+    """z and every gradient of sum(z^2), as `run` computes z."""
+    gamma.zero_grad()
+    z = (gamma if run is None else run)(inputs)  # a compiled module has no truth value
+    z.square().sum().backward()
+    return [z.detach(), *(p.grad for p in gamma.parameters())]
+
+
+@pytest.mark.parametrize("memory_budget, again", [(1.0, 0), (0.5, 2), (0.01, 3), (0.0, 4)])
+def test_memory_budget_changes_no_number(inputs, monkeypatch, memory_budget, again):
+    """The blocks above the budget, of 4, are computed again in the backward pass: the same bits."""
+    expected, calls, forward = of_a_pass(make(n_layer=4), inputs), [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda block, x: calls.append(block) or forward(block, x))
+    found = of_a_pass(make(n_layer=4, memory_budget=memory_budget), inputs)
+    assert len(calls) == 4 + again
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_memory_budget_changes_no_number_compiled(inputs):
+    gamma = make(memory_budget=0.5)
+    compiled = torch.compile(gamma, fullgraph=True, dynamic=False, backend="aot_eager")
+    for a, b in zip(of_a_pass(gamma, inputs, compiled), of_a_pass(make(), inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6 * b.abs().max().item(), rtol=0)
+
+
+def test_a_smaller_memory_budget_holds_less():
+    def peak(memory_budget):
+        gamma, inputs = make(n_layer=4, d_mlp=400, memory_budget=memory_budget), [torch.ones(2, 50, d) for d in d_INS]
+        with cost.Watch() as watch:
+            gamma(inputs).sum().backward()
+        return watch.most
+
+    # A block keeps the hidden layer of its MLP before and after the GELU, 400 numbers a position: 3 of 4 need not.
+    assert peak(1.0) - peak(0.0) > 3 * 2 * 400 * 100 * 4
+    assert peak(0.0) < peak(0.5) < peak(1.0)

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import re
+import sys
 
 import numpy as np
 import pyarrow
@@ -15,17 +16,23 @@ import zstandard
 import data
 import tokenise
 from data import Corpus
+from run import UserError
 from tokenise import bpe_encoding, learn_bpe
 
 DOCUMENTS = [f"This is document number {i}, about café {i * i} 🙂.\n" for i in range(200)]
 
 
-@pytest.fixture(autouse=True)
-def no_gpt2(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def no_gpt2():
+    """GPT-2's vocabulary cannot be had, and a learnt one is small."""
+
     def refuse(name):
         raise OSError("no network")
 
-    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiktoken, "get_encoding", refuse)
+        patch.setattr(tokenise, "BPE_VOCAB", 300)
+        yield
 
 
 def write(folder, suffix, documents, column="text"):
@@ -110,21 +117,22 @@ def test_end_of_text_is_the_last_id():
 
 
 def test_the_standard_library_gets_a_learnt_bpe_unasked(capsys):
-    assert tokenise.choose_encoding("stdlib", "ab ab ab").n_vocab == 259
+    assert tokenise.choose_encoding("stdlib", lambda: "ab ab ab").n_vocab == 259
     assert capsys.readouterr().out == ""
 
 
 def test_other_text_gets_gpt2_where_it_can_be_had(tmp_path, monkeypatch):
     ranks = {bytes([b]): b for b in range(256)}
     pretend = tiktoken.Encoding(
-        "gpt2", pat_str=data.WORDS, mergeable_ranks=ranks, special_tokens={tokenise.END_OF_TEXT: 256}
+        "gpt2", pat_str=tokenise.WORDS, mergeable_ranks=ranks, special_tokens={tokenise.END_OF_TEXT: 256}
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": pretend}[name])
     corpus = data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
     assert corpus.encoding is pretend
 
 
-def test_without_network_a_bpe_is_learnt_and_said_so(tmp_path, capsys):
+def test_without_network_a_bpe_is_learnt_and_said_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tokenise, "BPE_VOCAB", 1024)
     corpus = data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
     assert 257 < corpus.vocab_size <= 1024
     assert re.search(
@@ -189,23 +197,23 @@ def bad_folder(folder, files):
         ({}, r"no .txt, .jsonl, .jsonl.zst, .parquet file there"),
         (
             {"a.jsonl": '{"title": "x", "body": "y"}\n'},
-            "has columns title, body: one must be 'text', 'story', 'content' or 'input_ids'",
+            "has columns title, body: one must be 'text', 'story', 'content', 'input_ids'",
         ),
         ({"a.jsonl": '{"text": ""}\n'}, "holds no text"),
+        ({"a.jsonl": '{"text": 3}\n'}, "'text' holds int, not text or token ids"),
+        ({"a.jsonl": '{"input_ids": [1, 2]}\n'}, "holds token ids: give --max_tokens"),
         ({"a.jsonl": "not json at all\n"}, "cannot be read as json"),
         ({"a.parquet": "not parquet at all"}, "cannot be read as parquet"),
     ],
 )
 def test_unusable_dataset(tmp_path, files, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         data.load(str(bad_folder(tmp_path, files)), tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
 def test_unknown_dataset(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="'no-such-set' does not exist: give 'stdlib', 'pile', 'simplestories',"
-    ):
+    with pytest.raises(UserError, match="'no-such-set' does not exist: give 'stdlib', 'pile', 'simplestories',"):
         data.load("no-such-set", tmp_path / "data")
 
 
@@ -217,29 +225,32 @@ def damage(home, how):
     meta = json.loads((home / "meta.json").read_text())
     if how == "tokens cut short":
         (home / "train.bin").write_bytes((home / "train.bin").read_bytes()[:-2])
-    elif how == "no meta file":
-        (home / "meta.json").unlink()
-    elif how == "meta file cut short":
-        (home / "meta.json").write_text(json.dumps(meta)[:20])
+    elif how == "no tokens":
+        (home / "val.bin").unlink()
+    elif how == "counts missing":
+        (home / "meta.json").write_text(json.dumps({"fingerprint": meta["fingerprint"]}))
     elif how == "made from something else":
         (home / "meta.json").write_text(json.dumps(meta | {"fingerprint": "0" * 16}))
         np.zeros(meta["train"], np.uint16).tofile(home / "train.bin")
 
 
-@pytest.mark.parametrize("how", ["tokens cut short", "no meta file", "meta file cut short", "made from something else"])
-def test_damaged_token_files_are_made_anew(tmp_path, how):
+@pytest.mark.parametrize("max_tokens", [0, 10**6])
+@pytest.mark.parametrize("how", ["tokens cut short", "no tokens", "counts missing", "made from something else"])
+def test_damaged_token_files_are_made_anew(tmp_path, how, max_tokens):
     dataset = write(tmp_path, ".jsonl", DOCUMENTS)
-    corpus = data.load(dataset, tmp_path / "data")
+    corpus = data.load(dataset, tmp_path / "data", max_tokens)
     before = {split: np.array(tokens) for split, tokens in corpus.tokens.items()}
-    damage(tmp_path / "data" / corpus.name, how)
-    again = data.load(dataset, tmp_path / "data")
+    damage(corpus.folder, how)
+    again = data.load(dataset, tmp_path / "data", max_tokens)
     assert all(np.array_equal(again.tokens[split], before[split]) for split in before)
+    assert sorted(p.name for p in corpus.folder.iterdir()) == ["meta.json", "train.bin", "val.bin", "vocab.json"]
+    assert list((tmp_path / "data").iterdir()) == [corpus.folder]
 
 
 def test_whole_token_files_are_not_made_anew(tmp_path, monkeypatch):
     dataset = write(tmp_path, ".jsonl", DOCUMENTS)
     first = data.load(dataset, tmp_path / "data")
-    monkeypatch.setattr(tokenise, "local_documents", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(tokenise, "open_rows", lambda dataset: pytest.fail("read again"))
     assert np.array_equal(data.load(dataset, tmp_path / "data").tokens["val"], first.tokens["val"])
 
 
@@ -249,14 +260,135 @@ def test_a_changed_dataset_is_read_again(tmp_path):
     assert len(read(corpus, "train") + read(corpus, "val")) == 50
 
 
-def test_an_interrupted_tokenisation_leaves_nothing_behind(tmp_path, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
+def interrupted(steps, error=KeyboardInterrupt):
+    """`tokenise.encoded`, but in place of the lists of documents after the first `steps` there is an error."""
+    encoded = tokenise.encoded
 
-    monkeypatch.setattr(tokenise, "split_documents", stop)
+    def stops(*args):
+        yield from itertools.islice(encoded(*args), steps)
+        raise error
+
+    return stops
+
+
+def test_an_interrupted_tokenisation_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, "encoded", interrupted(1))
     with pytest.raises(KeyboardInterrupt):
         data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(tokenise, "encoded", interrupted(1, full))
+    with pytest.raises(UserError, match=r"set.jsonl' to .* \(No space left on device\): make room and give the same"):
+        data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_each_python_has_tokens_of_its_own_standard_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, "stdlib_documents", lambda: iter(DOCUMENTS))
+    first = data.load("stdlib", tmp_path)
+    tokens = (first.folder / "train.bin").read_bytes()
+    monkeypatch.setattr(sys, "version", "4.0")
+    monkeypatch.setattr(tokenise, "stdlib_documents", lambda: iter(DOCUMENTS[:100]))
+    second = data.load("stdlib", tmp_path)
+    assert first.name == second.name == "stdlib"
+    assert {first.folder, second.folder} == set(tmp_path.iterdir())
+    assert re.fullmatch("stdlib-[0-9a-f]{8}", first.folder.name)
+    assert (first.folder / "train.bin").read_bytes() == tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is the user's
+
+
+def everything(folder):
+    """Every path below the folder, with what a file holds or a link points to."""
+    return {
+        path: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def put(path, files):
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        (path / name).write_text(content)
+
+
+def in_the_way(path, what):
+    mark = json.dumps({"fingerprint": "0" * 16, "documents": 0, "train": 3, "val": 3})
+    ours = {"meta.json": mark, "progress.json": mark}
+    if what == "a file":
+        path.write_text("mine")
+    elif what == "a folder in a folder":
+        put(path / "chapters", {})
+    elif what == "a link to token files of ours":
+        put(path.parent / "elsewhere", ours)
+        path.symlink_to(path.parent / "elsewhere")
+    elif what == "a link to nothing":
+        path.symlink_to(path.parent / "nothing")
+    else:
+        files = {
+            "a text": {"thesis.txt": "mine"},
+            "files of our names": {"train.bin": "mine"},
+            "another's meta.json": {name: "{}" for name in ours},
+            "a list": {name: '["fingerprint"]' for name in ours},
+            "a meta.json cut short": {name: mark[:20] for name in ours},
+            "token files of ours and a text": ours | {"thesis.txt": "mine"},
+        }
+        put(path, files[what])
+
+
+THINGS = (
+    "a file",
+    "a folder in a folder",
+    "a link to token files of ours",
+    "a link to nothing",
+    "a text",
+    "files of our names",
+    "another's meta.json",
+    "a list",
+    "a meta.json cut short",
+    "token files of ours and a text",
+)
+
+
+@pytest.mark.parametrize("what", THINGS)
+@pytest.mark.parametrize("end, max_tokens", [("", 0), ("", 10**6), (".part", 10**6)])
+def test_what_is_not_ours_is_refused_and_stays(tmp_path, monkeypatch, what, end, max_tokens):
+    dataset = write(tmp_path, ".jsonl", DOCUMENTS)
+    name = data.name_of(dataset, max_tokens, data.fingerprint(dataset, max_tokens))
+    home = tmp_path / "data" / (name + end)
+    home.parent.mkdir()
+    in_the_way(home, what)
+    before = everything(tmp_path)
+    monkeypatch.setattr(tokenise, "open_rows", lambda dataset: pytest.fail("begun"))
+    with pytest.raises(UserError, match=f"^{re.escape(str(home))} is in the way .* give another --data_dir"):
+        data.load(dataset, home.parent, max_tokens)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("max_tokens", [0, 10**6])
+def test_what_comes_in_the_way_meanwhile_stays(tmp_path, monkeypatch, max_tokens):
+    dataset = write(tmp_path, ".jsonl", DOCUMENTS)
+    name = data.name_of(dataset, max_tokens, data.fingerprint(dataset, max_tokens))
+    mine, encoded = tmp_path / "data" / name / "thesis.txt", tokenise.encoded
+
+    def appears(*args):
+        yield from encoded(*args)
+        mine.parent.mkdir()
+        mine.write_text("mine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenise, "encoded", appears)
+        with pytest.raises(UserError, match="'thesis.txt' is not of this code's making"):
+            data.load(dataset, tmp_path / "data", max_tokens)
+    assert mine.read_text() == "mine"
+    mine.unlink()  # an empty folder is in nobody's way
+    assert len(data.load(dataset, tmp_path / "data", max_tokens).tokens["train"]) > 1000
+    assert list((tmp_path / "data").iterdir()) == [mine.parent]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,29 +418,32 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path):
     assert all(np.array_equal(t, whole.tokens[split][: len(t)]) for split, t in short.tokens.items())
 
 
-@pytest.fixture
-def folder_of_two(tmp_path, monkeypatch):
-    """A folder of two .jsonl.zst files, read in steps of 64 documents that are settled after every one."""
-    monkeypatch.setattr(tokenise, "SETTLE", 1)
+@pytest.fixture(scope="module")
+def two_files(tmp_path_factory, no_gpt2):
+    """A folder of two .jsonl.zst files, and its corpus."""
+    folder = tmp_path_factory.mktemp("two")
     for i, half in enumerate((DOCUMENTS[:100], DOCUMENTS[100:])):
-        (tmp_path / f"set/{i}").mkdir(parents=True)
-        write(tmp_path / f"set/{i}", ".jsonl.zst", half)
-    return str(tmp_path / "set")
+        (folder / f"set/{i}").mkdir(parents=True)
+        write(folder / f"set/{i}", ".jsonl.zst", half)
+    return str(folder / "set"), data.load(str(folder / "set"), folder / "data", max_tokens=10**6)
+
+
+@pytest.fixture
+def folder_of_two(two_files, monkeypatch):
+    """As `two_files`, read in steps of 64 documents that are settled after every one."""
+    monkeypatch.setattr(tokenise, "SETTLE", 1)
+    return two_files
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 @pytest.mark.parametrize("how", ["killed", "killed in the middle of a write", "disk full"])
 def test_a_stream_goes_on_where_it_stopped(tmp_path, folder_of_two, monkeypatch, capsys, steps, how):
-    whole = data.load(folder_of_two, tmp_path / "whole", max_tokens=10**6)
-    count, encode, settle = itertools.count(), tokenise.ids_of, os.fsync
-
-    def stops(*args):
-        if next(count) == steps:
-            raise KeyboardInterrupt
-        return encode(*args)
+    dataset, whole = folder_of_two
+    count, settle = itertools.count(), os.fsync
 
     def full(handle):
-        if next(count) >= 4 * steps:  # a step settles two token files, progress.json and its folder
+        # The first progress.json and its folder; then a step settles two token files, progress.json and its folder.
+        if next(count) >= (2 + 4 * steps if steps else 0):
             raise OSError(errno.ENOSPC, "No space left on device")
         settle(handle)
 
@@ -316,50 +451,60 @@ def test_a_stream_goes_on_where_it_stopped(tmp_path, folder_of_two, monkeypatch,
         if how == "disk full":
             patch.setattr(os, "fsync", full)
         else:
-            patch.setattr(tokenise, "ids_of", stops)
-        with pytest.raises((KeyboardInterrupt, OSError)) as stop:
-            data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
+            patch.setattr(tokenise, "encoded", interrupted(steps))
+        with pytest.raises(UserError if how == "disk full" else KeyboardInterrupt) as stop:
+            data.load(dataset, tmp_path / "data", max_tokens=10**6)
     (part,) = (tmp_path / "data").iterdir()
     if how == "disk full":
-        assert re.search("No space left on device.*make room and give the same command again", str(stop.value))
-    if how == "killed in the middle of a write" and (part / "train.bin").exists():
+        wanted = r"\(No space left on device\): make room and give the same command again, it goes on from there"
+        assert re.search(wanted, str(stop.value))
+    if how == "killed in the middle of a write":
         with open(part / "train.bin", "ab") as file:
             file.write(b"half a tok")
     capsys.readouterr()
-    assert same(data.load(folder_of_two, tmp_path / "data", max_tokens=10**6), whole)
+    assert same(data.load(dataset, tmp_path / "data", max_tokens=10**6), whole)
     assert (f"going on after document {64 * steps:,}" in capsys.readouterr().out) == (steps > 0)
     assert [p.name for p in (tmp_path / "data").iterdir()] == [whole.name]
 
 
-def test_half_written_token_files_are_not_taken_for_a_part(tmp_path, folder_of_two, monkeypatch):
-    """progress.json of more tokens than there are: begun again."""
-    whole = data.load(folder_of_two, tmp_path / "whole", max_tokens=10**6)
+def stop_before_the_end(dataset, folder, monkeypatch):
+    """The .part folder of a stream that was interrupted when all its tokens were on the disk."""
     with monkeypatch.context() as patch:
         patch.setattr(tokenise, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
-    (part,) = (tmp_path / "data").iterdir()
-    (part / "progress.json").write_text(
-        json.dumps(
-            {"fingerprint": data.fingerprint(folder_of_two, 10**6), "train": 10**5, "val": 10, "documents": 10**3}
-        )
-    )
-    assert same(data.load(folder_of_two, tmp_path / "data", max_tokens=10**6), whole)
+            data.load(dataset, folder, max_tokens=10**6)
+    (part,) = folder.iterdir()
+    return part
+
+
+@pytest.mark.parametrize("changes", [{"train": 10**5, "documents": 10**3}, {"fingerprint": "0" * 16}])
+def test_another_progress_is_begun_again(tmp_path, folder_of_two, monkeypatch, capsys, changes):
+    """progress.json of more tokens than there are, or of another source."""
+    dataset, whole = folder_of_two
+    progress = stop_before_the_end(dataset, tmp_path / "data", monkeypatch) / "progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | changes))
+    assert same(data.load(dataset, tmp_path / "data", max_tokens=10**6), whole)
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_what_a_power_cut_leaves_is_ours(tmp_path, folder_of_two, monkeypatch, capsys):
+    dataset, whole = folder_of_two
+    part = stop_before_the_end(dataset, tmp_path / "data", monkeypatch)
+    for name in ("progress.json.tmp", "vocab.json", "meta.json.tmp"):
+        (part / name).write_text('{"half')
+    corpus = data.load(dataset, tmp_path / "data", max_tokens=10**6)
+    assert same(corpus, whole) and "going on after document 200" in capsys.readouterr().out
+    assert sorted(p.name for p in corpus.folder.iterdir()) == ["meta.json", "train.bin", "val.bin", "vocab.json"]
 
 
 def test_a_stream_keeps_its_vocabulary_when_gpt2_appears_half_way(tmp_path, folder_of_two, monkeypatch):
-    whole = data.load(folder_of_two, tmp_path / "whole", max_tokens=10**6)
-    count, encode = itertools.count(), tokenise.ids_of
+    dataset, whole = folder_of_two
     with monkeypatch.context() as patch:
-        patch.setattr(
-            tokenise,
-            "ids_of",
-            lambda *args: encode(*args) if next(count) < 2 else (_ for _ in ()).throw(KeyboardInterrupt),
-        )
+        patch.setattr(tokenise, "encoded", interrupted(2))
         with pytest.raises(KeyboardInterrupt):
-            data.load(folder_of_two, tmp_path / "data", max_tokens=10**6)
+            data.load(dataset, tmp_path / "data", max_tokens=10**6)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("another vocabulary"))
-    assert same(data.load(folder_of_two, tmp_path / "data", max_tokens=10**6), whole)
+    assert same(data.load(dataset, tmp_path / "data", max_tokens=10**6), whole)
 
 
 def test_one_long_document_is_divided_as_in_memory(tmp_path):
@@ -379,7 +524,7 @@ def test_token_ids_come_through_as_they_are(tmp_path):
 @pytest.mark.parametrize("ids, message", [([1, 70_000], "has the token id 70000"), ([-5, 3], "has the token id -5")])
 def test_token_ids_that_cannot_be_stored(tmp_path, ids, message):
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": [ids] * 30}), tmp_path / "set.parquet")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         data.load(str(tmp_path / "set.parquet"), tmp_path / "data", max_tokens=100)
 
 
@@ -441,5 +586,5 @@ def test_batch_reaches_the_first_and_the_last_window(counting):
 
 def test_too_few_tokens_for_a_window(counting):
     assert counting.batch("train", step=0, B=1, T=999)[0].tolist() == list(range(1000))
-    with pytest.raises(ValueError, match="train has 1000 tokens, a window needs T [+] 1 = 1001"):
+    with pytest.raises(UserError, match="train has 1000 tokens, a window needs T [+] 1 = 1001"):
         counting.batch("train", step=0, B=1, T=1000)

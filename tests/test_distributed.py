@@ -1,4 +1,4 @@
-"""However a batch is divided, over processes or over accumulated parts, the step is that of one process on all of it.
+"""However a batch is divided over processes, the step is that of one process on all of it.
 
 Random numbers are dealt by the row of the batch that they are for, so that each division draws the same ones.
 """
@@ -11,39 +11,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_decompose import TINY, config, flags, home, tensors  # noqa: F401  (home is a fixture)
+from tiny import TINY, config, flags, tensors
 
 import data
 import decompose
 import distributed
 import losses
 import run
+from run import UserError
 
+CPU = torch.device("cpu")
 STEPS = 20
 B = 4
 REAL_ROUTING = losses.sample_routing
-VARIANTS = [
-    (False, {}),
-    (True, {}),
-    (True, {"accumulate": 2}),
-    (True, {"adv_scope": "batch"}),
-]  # double precision, settings
+VARIANTS = [(False, {}), (True, {}), (True, {"adv_scope": "batch"}), (True, {"adv_routing": "subset", "S": 2})]
 VARIANTS += [
     (False, {"shard": True}),
     (True, {"shard": True, "d_mlp_ci": 15}),
-    (True, {"shard": True, "accumulate": 2}),
-]  # 15: uneven parts
+]  # (double precision, settings); 15: uneven parts
+VARIANTS += [(True, {"shard": True, "memory_budget": 0.0}), (True, {"beta_adv": 0.0})]
 
 
 class Deal:
     """Takes the place of losses.sample_sources and losses.sample_routing: what a row gets depends on the row alone.
 
-    Rows are numbered through the run, B a batch. This process asks, call after call, for its own rows of each batch in order;
-    with `adv_routing=subset` its calls for a routing are in turn the adversary's and the stochastic loss's.
+    Rows are numbered through the run, B a call. This process asks, call after call, for its own rows in order.
     """
 
-    def __init__(self, monkeypatch=None, routings: int = 1) -> None:
-        self.asked, self.routings, self.calls = {}, routings, 0
+    def __init__(self, monkeypatch=None) -> None:
+        self.asked = {}
         set_ = monkeypatch.setattr if monkeypatch else setattr
         set_(losses, "sample_sources", self.sources)
         set_(losses, "sample_routing", self.routing)
@@ -64,14 +60,7 @@ class Deal:
         return torch.stack([torch.rand((shape[0], *shape[2:]), generator=row) for row in self.rows(0, shape[1])], 1)
 
     def routing(self, shape, L, generator):
-        self.calls += 1
-        return torch.stack(
-            [
-                REAL_ROUTING((shape[0], *shape[2:]), L, row)
-                for row in self.rows(1 + self.calls % self.routings, shape[1])
-            ],
-            1,
-        )
+        return torch.stack([REAL_ROUTING((shape[0], *shape[2:]), L, row) for row in self.rows(1, shape[1])], 1)
 
 
 @contextlib.contextmanager
@@ -99,9 +88,7 @@ def trained(folder: Path, **changes) -> tuple[list[dict], dict]:
     return [{name: value.item() for name, value in row.items()} for row in rows], {
         "U, V": torch.cat([p.flatten() for p in state["decomposition"].values()]),
         "Gamma": torch.cat([p.flatten() for p in state["ci_fn"].values()]),
-        "r": state["adversary"]["r"].flatten(),
-        "count": state["adversary"]["count"],
-    }
+    } | {name: state["adversary"][name].flatten() for name in ("r", "count") if state["adversary"]}
 
 
 def agree(one, other, tolerance: float, losses_alone: bool = False) -> None:
@@ -116,20 +103,10 @@ def agree(one, other, tolerance: float, losses_alone: bool = False) -> None:
         )
 
 
-@pytest.mark.parametrize("accumulate, changes", [(4, {}), (2, {"adv_routing": "subset", "S": 2})])
-def test_accumulated_parts_are_one_batch(home, monkeypatch, accumulate, changes):
-    results = []
-    for n in (1, accumulate):
-        with monkeypatch.context() as patch, precision(double=True):
-            Deal(patch, routings=2 if changes else 1)
-            results.append(trained(home, accumulate=n, **changes))
-    agree(*results, tolerance=1e-9)
-
-
 CHILD = """
 import torch
 torch.set_num_threads(1)
-import decompose, distributed, losses
+import decompose, distributed, losses, run
 from pathlib import Path
 from test_distributed import VARIANTS, Deal, precision, trained
 distributed.start("cpu")
@@ -138,7 +115,7 @@ for double, changes in VARIANTS:
     Deal()
     with precision(double):
         results.append(trained(Path("."), **changes))
-decompose.autocast = lambda device: torch.autocast("cpu", torch.bfloat16)  # as on a GPU
+run.bf16 = lambda device: True  # as on a GPU
 for shard in (False, True):
     Deal()
     results.append(trained(Path("."), shard=shard))
@@ -166,7 +143,7 @@ def torchrun(home: Path, *command: str) -> str:
 
 @pytest.mark.slow
 def test_two_processes_are_one(home, monkeypatch):
-    """Losses, and what the updates made of U, V, Gamma and r, over 20 steps: gradients, clip and all sums are in them."""
+    """Losses, and what the updates made of U, V, Gamma and r, over 20 steps: gradients, clip and sums are in them."""
     (home / "child.py").write_text(CHILD)
     torchrun(home, "child.py")
     *two, half, half_sharded = torch.load(home / "two.pt", weights_only=True)
@@ -174,22 +151,24 @@ def test_two_processes_are_one(home, monkeypatch):
     for (double, changes), result in zip(VARIANTS, two):
         Deal(monkeypatch)
         with precision(double):
-            one = trained(home, **changes | {"accumulate": 1, "shard": False})
+            one = trained(home, **changes | {"shard": False})
         agree(one, result, tolerance=1e-9 if double else 1e-6, losses_alone=not double)
 
 
-def test_the_frequency_term_of_parts_by_hand():
-    """Two parts of one position and one subcomponent, p = 1, g = 1 and 2: s = 3, both terms over 2 positions."""
+def test_the_frequency_term_of_two_processes_by_hand(monkeypatch):
+    """One position and one subcomponent in each, p = 1, g = 1 and 2: s = 3, both terms over 2 positions."""
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "mean", lambda tensor: torch.tensor([1.5]))
     g = [torch.tensor([[[value]]], requires_grad=True) for value in (1.0, 2.0)]
-    for part in g:
-        importance, frequency = losses.minimality(part, 1.0, lambda s: torch.tensor([3.0]), 2)
-        assert importance.item() == pytest.approx(3 / 2) and frequency.item() == pytest.approx(
-            3 * 2 / 2
-        )  # log2(1 + 3) = 2
-        (frequency / 2).backward()
-    # d/ds s log2(1 + s) / 2 at 3 is (2 + 3 / (4 ln 2)) / 2, and ds/dg is 1 in either part
+    for of_process in g:
+        s = distributed.batch_sum(losses.power_sums(of_process, 1.0))
+        importance, frequency = losses.importance_minimality(s, 2), losses.frequency_minimality(s, 2)
+        assert importance.item() == pytest.approx(3 / 2)
+        assert frequency.item() == pytest.approx(3 * 2 / 2)  # log2(1 + 3) = 2
+        (frequency / 2).backward()  # the mean over the two processes
+    # d/ds s log2(1 + s) / 2 at 3 is (2 + 3 / (4 ln 2)) / 2, and ds/dg is 1 in either process
     expected = (2 + 0.75 / 0.6931472) / 2
-    assert [part.grad.item() for part in g] == pytest.approx([expected, expected])
+    assert [of_process.grad.item() for of_process in g] == pytest.approx([expected, expected])
 
 
 def test_processes_draw_from_different_streams(home, monkeypatch):
@@ -207,48 +186,59 @@ def test_processes_draw_from_different_streams(home, monkeypatch):
     assert torch.equal(drawn[0][2], drawn[1][2])  # the same start
 
 
+STOPS = """
+import decompose, distributed
+step = decompose.VPD.train_step
+def stops(self, x):
+    if self.step == 5:
+        distributed.stop()
+        raise SystemExit(0)
+    return step(self, x)
+decompose.VPD.train_step = stops
+decompose.main(decompose.Config(dataset='text', target='target', out={halves!r}, **{settings!r}))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
 def test_torchrun_to_the_table_and_resumed(home, shard):
     """The command, stopped half way: the second half starts from both processes' sources and generators."""
-    settings = TINY | dict(B=B, shard=shard)
+    settings = TINY | dict(B=B, shard=shard, eval_every=3)
     script = str(Path(decompose.__file__))
-    run, halves = f"two-{shard}", f"two-halves-{shard}"
-    printed = torchrun(home, script, "--dataset=text", "--target=target", f"--out={run}", *flags(settings))
-    assert printed.count("adversarial_320") == 1  # the first process alone prints
-    (home / "stops.py").write_text("import decompose, distributed\nstep = decompose.VPD.train_step\n"
-        "def stops(self, x):\n    if self.step == 5:\n        distributed.stop()\n        raise SystemExit(0)\n    return step(self, x)\n"
-        "decompose.VPD.train_step = stops\ndecompose.main(decompose.Config(dataset='text', target='target', out=%r, **%r))\n" % (halves, settings))  # fmt: skip
+    whole, halves = f"two-{shard}", f"two-halves-{shard}"
+    printed = torchrun(home, script, "--dataset=text", "--target=target", f"--out={whole}", *flags(settings))
+    assert printed.count("adversarial_80") == 1  # the first process alone prints
+    (home / "stops.py").write_text(STOPS.format(halves=halves, settings=settings))
     torchrun(home, "stops.py")
-    assert torch.load(home / halves / "checkpoint.pt", weights_only=True)["vpd"]["step"] == 4
+    assert torch.load(home / halves / "checkpoint.pt", weights_only=True)["step"] == 4
     torchrun(home, script, f"--resume={halves}")
-    once, twice = (torch.load(home / folder / "checkpoint.pt", weights_only=True)["vpd"] for folder in (run, halves))
+    once, twice = (torch.load(home / folder / "state.pt", weights_only=True)["vpd"] for folder in (whole, halves))
     assert once["adversary"]["r"].shape[1] == B and len(once["generators"]) == 2
     assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(twice)))
-    assert (home / run / "metrics.jsonl").read_text() == (home / halves / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match="that run had 2 processes"):
-        decompose.main(decompose.Config(resume=run).defaults())
+    assert (home / whole / "metrics.jsonl").read_text() == (home / halves / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="that run had 2 processes"):
+        decompose.main(decompose.Config(resume=whole).defaults())
     # Sharded or not, what is saved is the state of a VPD that is not.
-    vpd, _ = decompose.build(
-        config(B=B), run.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu")
-    )
+    vpd, _ = decompose.build(config(B=B), run.load_checkpoint(home / "target/checkpoint.pt", "target"), CPU)
     vpd.load_state_dict(once)
     for name, state in vpd.state_dict().items():
-        assert name == "generators" or all(
-            torch.equal(a, b) for a, b in zip(tensors(state), tensors(once[name]), strict=True)
-        )
+        pairs = zip(tensors(state), tensors(once[name]), strict=name != "generators")
+        assert name == "generators" or all(torch.equal(a, b) for a, b in pairs)
     assert once["optimizer"]["param_groups"] == vpd.state_dict()["optimizer"]["param_groups"]
 
 
 POISONED = """
 import torch
 torch.set_num_threads(1)
-import decompose, distributed
-from test_decompose import config
+import decompose, distributed, run
+from bench import cost
+from tiny import config
+cost.report = lambda *args: None
 step = decompose.VPD.train_step
 def poisoned(self, x):
     losses, gamma = step(self, x), [*self.ci_fn.parameters()]
-    kept = [t for p in gamma for t in (p, p.grad, self.optimizer.state[p]["exp_avg"], self.optimizer.state[p]["exp_avg_sq"])]
+    moments = [self.optimizer.state[p][name] for p in gamma for name in ("exp_avg", "exp_avg_sq")]
+    kept = [*gamma, *(p.grad for p in gamma), *moments]
     kept = sum(t.to_local().numel() for t in kept), sum(p.numel() for p in gamma)
     torch.save(kept, f"kept-{distributed.rank()}.pt")
     if distributed.rank() == 1:
@@ -257,7 +247,7 @@ def poisoned(self, x):
 decompose.VPD.train_step = poisoned
 try:
     decompose.main(config(B=4, save_every=1, shard=True, out="poisoned"))
-except ValueError as error:
+except run.UserError as error:
     open(f"refused-{distributed.rank()}.txt", "w").write(str(error))
 distributed.stop()
 """
@@ -271,23 +261,11 @@ def test_a_sharded_gamma_is_kept_in_halves_and_each_is_looked_at(home):
     for rank in (0, 1):
         kept, of = torch.load(home / f"kept-{rank}.pt")
         assert kept == 4 * of / 2
-        assert "Gamma is not finite after step 0" in (home / f"refused-{rank}.txt").read_text()
+        assert "a weight is not finite at step 0" in (home / f"refused-{rank}.txt").read_text()
     assert not (home / "poisoned/checkpoint.pt").exists()
 
 
 def test_one_process_cannot_shard(home):
-    with pytest.raises(ValueError, match="shard=True: one process has nothing to divide"):
+    with pytest.raises(UserError, match="shard=True: one process has nothing to divide"):
         decompose.main(config(out="alone", shard=True))
     assert not (home / "alone").exists()
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(B=3, accumulate=2), "B=3: must be a multiple of accumulate=2"),
-        (dict(accumulate=2, adv_scope="batch"), "adv_scope=batch"),
-    ],
-)
-def test_batches_that_cannot_be_divided(changes, message):
-    with pytest.raises(ValueError, match=message):
-        config(**changes)

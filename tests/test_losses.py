@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import losses
+from bench import cost
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 from losses import Adversary, mask
 from model import Decomposition
@@ -87,9 +88,18 @@ def test_kl_by_hand():
     q = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.1, 0.2, 0.7]])
     # Row 1: 1/2 ln(3/2) + 1/2 ln(3/4) = ln 3 - 3/2 ln 2; row 2: 0. (Turned round it would be 5/3 ln 2 - ln 3.)
     expected = (math.log(3) - 1.5 * math.log(2)) / 2
-    assert losses.kl_divergence(p.log() + 3, q.log() - 5).item() == pytest.approx(
-        expected, abs=1e-6
-    )  # logits: up to a constant
+    logits = p.log() + 3, q.log() - 5  # up to a constant
+    assert losses.kl_divergence(*logits).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("D", [losses.kl_divergence, losses.HiddenKL(torch.eye(2).bfloat16())], ids=["plain", "hidden"])
+def test_kl_is_computed_in_fp32(D):
+    p, q = (
+        torch.tensor([[8.0, 8.0]]),
+        torch.tensor([[8.0, 8.0625]]),
+    )  # bf16 numbers, but their log-probabilities are not
+    # KL(1/2, 1/2 || 1 / (1 + e^d), e^d / (1 + e^d)) = ln cosh(d / 2), at d = 1/16
+    assert D(p.bfloat16(), q.bfloat16()).item() == pytest.approx(math.log(math.cosh(1 / 32)), rel=1e-3)
 
 
 def test_kl_of_equal_logits_is_zero():
@@ -97,8 +107,8 @@ def test_kl_of_equal_logits_is_zero():
     assert losses.kl_divergence(logits, logits).item() == 0
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 100])
-def test_kl_from_hidden_states_is_that_of_their_logits(chunk):
+@pytest.mark.parametrize("chunk", [1, 5, 12, 100])  # of 12 positions: one by one, a last part of 2, all, more than all
+def test_hidden_kl_is_the_kl_of_the_logits(chunk):
     unembedding, h_p = rand(50, 7, seed=1), 3 * rand(3, 4, 7, seed=2)
     h_q, same = ((3 * rand(3, 4, 7, seed=3)).requires_grad_() for _ in range(2))
     D = losses.HiddenKL(unembedding, chunk)(h_p, h_q)
@@ -107,18 +117,33 @@ def test_kl_from_hidden_states_is_that_of_their_logits(chunk):
     (2 * plain).backward()
     close(D, plain)
     close(h_q.grad, same.grad)
+    assert plain > 0.1 and same.grad.norm() > 0.1
 
 
-def test_kl_from_hidden_states_holds_no_logits():
-    """Of 400 positions and a vocabulary of 500 it holds the chunk's 20 x 500 a few times, not 400 x 500."""
-    from bench.step import peak_bytes
+def test_hidden_kl_of_sequences_of_one_token_and_without_a_sequence_axis():
+    unembedding, h_p, h_q = rand(50, 7, seed=1), 3 * rand(6, 7, seed=2), 3 * rand(6, 7, seed=3)
+    D = losses.HiddenKL(unembedding, 4)
+    assert D(h_p, h_q).item() == D(h_p[:, None], h_q[:, None]).item()
 
-    unembedding, h_p, h_q = rand(500, 8), rand(400, 8, seed=1), rand(400, 8, seed=2).requires_grad_()
-    small = peak_bytes(lambda: losses.HiddenKL(unembedding, chunk=20)(h_p, h_q).backward(), torch.device("cpu"))
-    whole = peak_bytes(
-        lambda: losses.kl_divergence(h_p @ unembedding.T, h_q @ unembedding.T).backward(), torch.device("cpu")
+
+def test_hidden_kl_gives_the_target_no_gradient():
+    unembedding, h_p, h_q = (
+        rand(50, 7, seed=1),
+        rand(4, 7, seed=2).requires_grad_(),
+        rand(4, 7, seed=3).requires_grad_(),
     )
-    assert small < 4 * 400 * 500 < whole
+    losses.HiddenKL(unembedding)(h_p, h_q).backward()
+    assert h_p.grad is None and h_q.grad.any()
+
+
+def test_hidden_kl_holds_no_logits():
+    """Of 400 positions and a vocabulary of 500 it holds the chunk's 20 x 500 a few times, not 400 x 500."""
+    unembedding, h_p, h_q = rand(500, 8), rand(400, 8, seed=1), rand(400, 8, seed=2).requires_grad_()
+    with cost.Watch() as chunked:
+        losses.HiddenKL(unembedding, chunk=20)(h_p, h_q).backward()
+    with cost.Watch() as whole:
+        losses.kl_divergence(h_p @ unembedding.T, h_q @ unembedding.T).backward()
+    assert chunked.most < 4 * 400 * 500 < whole.most
 
 
 def test_mse_by_hand():
@@ -164,76 +189,115 @@ def test_faithfulness_is_a_mean_over_weights_not_over_matrices():
 
 
 @pytest.mark.parametrize("positions", [(2,), (1, 2), (2, 1)])
-def test_minimality_by_hand(positions):
+def test_power_sums_by_hand(positions):
     g = torch.tensor([[0.25, 1.0, 0.0], [0.25, 0.0, 0.25]]).view(*positions, 3)
-    # p = 1/2: square roots [[0.5, 1, 0], [0.5, 0, 0.5]]; sums by row 1.5, 1; by column s = 1, 1, 0.5.
-    assert losses.importance_minimality(g, 0.5).item() == pytest.approx((1.5 + 1) / 2, abs=1e-5)
+    # p = 1/2: square roots [[0.5, 1, 0], [0.5, 0, 0.5]], a sum for each of the C = 3 columns
+    close(losses.power_sums(g, 0.5), torch.tensor([1, 1, 0.5]), atol=1e-5, rtol=0)
+
+
+def test_power_sums_gradient_by_hand():
+    g = torch.tensor([[0.25, 1.0], [4.0, 1.0]], requires_grad=True)
+    losses.power_sums(g, torch.tensor(0.5)).backward(torch.tensor([1.0, 10.0]))
+    close(g.grad, torch.tensor([[1.0, 5.0], [0.25, 5.0]]))  # p g^(p - 1) = 1 / (2 sqrt g)
+
+
+def test_power_sums_are_of_fp32():
+    s = losses.power_sums(torch.ones(1001, 1, dtype=torch.bfloat16), 0.7)  # bf16 would go from 1000 to 1004
+    assert s.dtype == torch.float32 and s.item() == pytest.approx(1001, abs=0.01)
+
+
+def test_minimality_by_hand():
+    s = torch.tensor([1, 1, 0.5])  # of n = 2 positions, as above
+    assert losses.importance_minimality(s, 2).item() == pytest.approx(2.5 / 2)
     frequency = (1 * math.log2(2) + 1 * math.log2(2) + 0.5 * math.log2(1.5)) / 2
-    assert losses.frequency_minimality(g, 0.5).item() == pytest.approx(frequency, abs=1e-5)
+    assert losses.frequency_minimality(s, 2).item() == pytest.approx(frequency)
 
 
-@pytest.mark.parametrize("loss", [losses.importance_minimality, losses.frequency_minimality])
-def test_minimality_has_a_finite_gradient_at_zero(loss):
+def importance_and_frequency(g, p):
+    """Both minimality losses of g [B, T, C], as a step makes them."""
+    s, n = losses.power_sums(g, p), g.shape[0] * g.shape[1]
+    return losses.importance_minimality(s, n), losses.frequency_minimality(s, n)
+
+
+def test_minimality_has_a_finite_gradient_at_zero():
     g = torch.zeros(2, 3, 4, requires_grad=True)
-    loss(g, 0.4).backward()
-    assert g.grad.isfinite().all()
+    for loss in importance_and_frequency(g, 0.4):
+        (grad,) = torch.autograd.grad(loss, g, retain_graph=True)
+        assert grad.isfinite().all()
 
 
 def test_frequency_prefers_two_rare_subcomponents_to_one_frequent():
     one, two = torch.zeros(1, 8, 2), torch.zeros(1, 8, 2)
     one[:, :4, 0] = 1  # on at half the positions
     two[:, :2, 0] = two[:, 2:4, 1] = 1  # each on at a quarter
-    assert losses.frequency_minimality(one, 2.0).item() == pytest.approx(4 * math.log2(5) / 8)
-    assert losses.frequency_minimality(two, 2.0).item() == pytest.approx(2 * 2 * math.log2(3) / 8)
-    assert losses.importance_minimality(one, 2.0).item() == pytest.approx(losses.importance_minimality(two, 2.0).item())
+    (importance_one, frequency_one), (importance_two, frequency_two) = (
+        importance_and_frequency(g, 2.0) for g in (one, two)
+    )
+    assert frequency_one.item() == pytest.approx(4 * math.log2(5) / 8)
+    assert frequency_two.item() == pytest.approx(2 * 2 * math.log2(3) / 8)
+    assert importance_one.item() == pytest.approx(importance_two.item())
 
 
 def test_minimalities_add_up_to_the_fused_form():
     g, p, beta_imp, beta_freq = rand(3, 5, 7), 0.7, 2.0, 0.6
+    importance, frequency = importance_and_frequency(g, p)
     s = g.pow(p).sum((0, 1))
     fused = (s * (1 + beta_freq / beta_imp * torch.log2(1 + s))).sum() / (3 * 5)
-    close(
-        beta_imp * losses.importance_minimality(g, p) + beta_freq * losses.frequency_minimality(g, p), beta_imp * fused
-    )
+    close(beta_imp * importance + beta_freq * frequency, beta_imp * fused)
 
 
-def test_adversarial_reconstruction_by_hand(one_by_one):
+def test_reconstruction_by_hand(one_by_one):
     x, g = torch.tensor([[3.0]]), torch.tensor([[0.5]])
     r = torch.tensor([[[0.5, 0.25]], [[1.0, 1.0]]])  # S = 2: m = 0.75 and m_Delta = 0.25, so W' = 1; then W' = 2 = W
-    loss = losses.adversarial_reconstruction(one_by_one, x, one_by_one(x), g, r, divergence=losses.mse)
+    loss = losses.reconstruction(one_by_one, x, one_by_one(x), g, r, divergence=losses.mse)
     assert loss.item() == pytest.approx(((6 - 3) ** 2 + 0) / 2)
 
 
-def test_adversarial_reconstruction_routes(one_by_one):
+def test_reconstruction_routes(one_by_one):
     x, g, r = torch.tensor([[3.0], [3.0]]), torch.zeros(2, 1), torch.zeros(1, 2, 2)  # W' = 0
     routing = torch.tensor([[[True], [False]]])
-    loss = losses.adversarial_reconstruction(one_by_one, x, one_by_one(x), g, r, routing, losses.mse)
+    loss = losses.reconstruction(one_by_one, x, one_by_one(x), g, r, routing, losses.mse)
     assert loss.item() == pytest.approx((36 + 0) / 2)
 
 
+def stochastic(f, x, target_output, g, generator, divergence=losses.kl_divergence):
+    """The stochastic reconstruction loss of g [B, T, C], S = 1: r and routing drawn as a step draws them."""
+    shape = 1, *g.shape[:-1]
+    r = losses.sample_sources((*shape, g.shape[-1] + f.L), generator)
+    routing = losses.sample_routing(shape, f.L, generator)
+    return losses.reconstruction(f, x, target_output, g, r, routing, divergence)
+
+
 def test_stochastic_reconstruction_of_two_matrices_in_expectation():
-    # Two 1x1 matrices, W = U V^T = 1 and g = 0: a masked matrix multiplies by r. With x = 1, one masked matrix (k = 1, half
-    # of the time) costs E(1 - r)^2 = 1/3, two cost E(1 - r1 r2)^2 = 1 - 2/4 + 1/9 = 11/18: 17/36 on average.
+    # Two 1x1 matrices, W = U V^T = 1 and g = 0: a masked matrix multiplies by r. With x = 1, one masked matrix (k = 1,
+    # half of the time) costs E(1 - r)^2 = 1/3, two cost E(1 - r1 r2)^2 = 1 - 2/4 + 1/9 = 11/18: 17/36 on average.
     f, x = linears([[1]], [[1]], UV=1), torch.ones(200, 150, 1)
-    loss = losses.stochastic_reconstruction(f, x, x, torch.zeros(200, 150, 2), generator(), divergence=losses.mse)
+    loss = stochastic(f, x, x, torch.zeros(200, 150, 2), generator(), losses.mse)
     assert loss.item() == pytest.approx(17 / 36, abs=0.01)
 
 
 def test_stochastic_reconstruction_is_a_function_of_the_generator(decomposition, gpt, tokens):
     arguments = decomposition, tokens, gpt(tokens), rand(3, 8, 52)
-    first, again, other = (losses.stochastic_reconstruction(*arguments, generator(seed)).item() for seed in (1, 1, 2))
+    first, again, other = (stochastic(*arguments, generator(seed)).item() for seed in (1, 1, 2))
     assert first == again != other
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 8, 64), (3, 1, 1, 64)])
 def test_S_samples_are_averaged(decomposition, gpt, tokens, shape):
     g, r, routing = rand(3, 8, 52, seed=1), rand(*shape), losses.sample_routing((3, 3, 8), 12, generator())
-    together = losses.adversarial_reconstruction(decomposition, tokens, gpt(tokens), g, r, routing)
+    together = losses.reconstruction(decomposition, tokens, gpt(tokens), g, r, routing)
     alone = [
-        losses.adversarial_reconstruction(decomposition, tokens, gpt(tokens), g, r[s : s + 1], routing[s : s + 1])
-        for s in range(3)
+        losses.reconstruction(decomposition, tokens, gpt(tokens), g, r[s : s + 1], routing[s : s + 1]) for s in range(3)
     ]
     close(together, sum(alone) / 3)
+
+
+def test_without_routing_every_matrix_is_masked(decomposition, gpt, tokens):
+    g, r = rand(3, 8, 52, seed=1), rand(1, 3, 8, 64)
+    everywhere = torch.ones(1, 3, 8, 12, dtype=torch.bool)
+    loss = losses.reconstruction(decomposition, tokens, gpt(tokens), g, r)
+    assert torch.equal(loss, losses.reconstruction(decomposition, tokens, gpt(tokens), g, r, everywhere))
+    assert loss.item() > 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,18 +306,20 @@ def test_S_samples_are_averaged(decomposition, gpt, tokens, shape):
 
 @pytest.fixture
 def step(decomposition, tokens):
-    """The five losses of one step by name, with fresh graphs, and everything that could get a gradient from them."""
+    """The five losses of one step by name, and the one that r alone ascends; everything that could learn from them."""
     torch.manual_seed(0)
     target_output, inputs = decomposition.target_pass(tokens)
     gamma = CITransformer([x.shape[-1] for x in inputs], 52, d_ci=16, n_layer=1, n_head=2, d_mlp=16)
     nn.init.constant_(gamma.out.bias, 0.5)
     z = gamma(inputs)
-    g, g_upper, r = lower_leaky(z), upper_leaky(z), rand(1, 3, 8, 64).requires_grad_()
+    g, r = lower_leaky(z), rand(1, 3, 8, 64).requires_grad_()
+    importance, frequency = importance_and_frequency(upper_leaky(z), 0.9)
     terms = {
-        "adversarial": losses.adversarial_reconstruction(decomposition, tokens, target_output, g, r),
-        "stochastic": losses.stochastic_reconstruction(decomposition, tokens, target_output, g, generator()),
-        "importance": losses.importance_minimality(g_upper, 0.9),
-        "frequency": losses.frequency_minimality(g_upper, 0.9),
+        "adversarial": losses.reconstruction(decomposition, tokens, target_output, g, r),
+        "frozen": losses.reconstruction(decomposition, tokens, target_output, g.detach(), r, frozen=True),
+        "stochastic": stochastic(decomposition, tokens, target_output, g, generator()),
+        "importance": importance,
+        "frequency": frequency,
         "faithfulness": losses.faithfulness(decomposition),
     }
     f = decomposition
@@ -271,6 +337,7 @@ def step(decomposition, tokens):
     "loss, expected",
     [
         ("adversarial", {"U", "V", "Gamma", "r"}),
+        ("frozen", {"r"}),
         ("stochastic", {"U", "V", "Gamma"}),
         ("importance", {"Gamma"}),
         ("frequency", {"Gamma"}),
@@ -282,6 +349,12 @@ def test_which_parameters_learn_from_a_loss(step, loss, expected):
     terms[loss].backward()
     moved = {name: [p.grad is not None and bool(p.grad.any()) for p in group] for name, group in learners.items()}
     assert moved == {name: [name in expected] * len(group) for name, group in learners.items()}
+
+
+def test_r_ascends_alone_by_the_gradient_of_the_whole_pass(step):
+    terms, learners = step
+    whole, frozen = (torch.autograd.grad(terms[name], learners["r"])[0] for name in ("adversarial", "frozen"))
+    close(whole, frozen)
 
 
 def test_one_backward_serves_descent_and_ascent(step):
@@ -297,13 +370,14 @@ def test_one_backward_serves_descent_and_ascent(step):
 
 
 def test_ascent_is_torchs_adam_uphill_and_a_clamp():
-    adversary, lr = Adversary((4, 5), 6, generator()), 0.1
+    adversary = Adversary((4, 5), 6, generator())
     expected = adversary.r.clone().requires_grad_()
-    adam = torch.optim.Adam([expected], lr=lr, betas=(0.5, 0.99), eps=1e-8, maximize=True)
+    adam = torch.optim.Adam([expected], betas=(0.5, 0.99), eps=1e-8, maximize=True)
     for step in range(8):
         grad_r = torch.randn(expected.shape, generator=generator(step)) * 10.0 ** (step - 5)
+        lr = 0.02 * (step + 1)  # its warm-up
         adversary.ascend(grad_r, lr)
-        expected.grad = grad_r.clone()
+        expected.grad, adam.param_groups[0]["lr"] = grad_r.clone(), lr
         adam.step()
         expected.data.clamp_(0, 1)
         close(adversary.r, expected.data)
@@ -327,8 +401,9 @@ def test_gradient_by_hand(one_by_one):
     adversary, x, g = Adversary((1,), 2, generator()), torch.tensor([[3.0]]), torch.tensor([[0.5]])
     adversary.r.copy_(torch.tensor([0.5, 0.25]))
     # L = (6 - 3 W')^2 at W' = (0.5 + 0.5 r) + r_Delta = 1: dL/dW' = -6 * 3 = -18; dW'/dr = 0.5, dW'/dr_Delta = 1.
+    target_output = one_by_one(x)
     grad_r = adversary.gradient(
-        lambda r: losses.adversarial_reconstruction(one_by_one, x, one_by_one(x), g, r, divergence=losses.mse)
+        lambda r: losses.reconstruction(one_by_one, x, target_output, g, r, divergence=losses.mse)
     )
     close(grad_r, torch.tensor([[[-9.0, -18.0]]]))
 
@@ -339,11 +414,11 @@ def test_ascent_raises_the_loss_within_bounds_and_moves_nothing_else(decompositi
     adversary = Adversary((3, 8), 64, generator(), scope=scope)
 
     def loss(r):
-        return losses.adversarial_reconstruction(decomposition, tokens, gpt(tokens), g, r)
+        return losses.reconstruction(decomposition, tokens, gpt(tokens), g, r)
 
     start = loss(adversary.r).item()
     for _ in range(10):
-        adversary.ascend(adversary.gradient(loss), lr=0.1)
+        adversary.ascend(adversary.gradient(loss), 0.1)
         assert adversary.r.min() >= 0 and adversary.r.max() <= 1
     assert loss(adversary.r).item() > 1.2 * start
     assert all(p.grad is None for p in (*decomposition.subcomponents(), g, adversary.r))
@@ -359,12 +434,3 @@ def test_adversary_goes_on_from_its_saved_state():
         ours.ascend(grad_r, 0.05)
         other.ascend(grad_r, 0.05)
     assert torch.equal(other.r, ours.r)
-
-
-def test_one_pass_gives_both_minimality_terms():
-    g = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)).mul(2).sub(0.5).clamp(min=0).requires_grad_()
-    both = losses.minimality(g, 0.7)
-    apart = losses.importance_minimality(g, 0.7), losses.frequency_minimality(g, 0.7)
-    assert torch.equal(both[0], apart[0]) and torch.equal(both[1], apart[1])
-    (by_torch,) = torch.autograd.grad((g + losses.EPS).pow(0.7).sum() / 6, g)
-    torch.testing.assert_close(torch.autograd.grad(both[0], g)[0], by_torch)

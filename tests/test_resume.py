@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_decompose import TINY, TINY_TARGET, config, flags, home, resumed, tensors  # noqa: F401  (home is a fixture)
+from tiny import TINY, TINY_TARGET, config, flags, resumed, tensors
 
 import data
 import decompose
 import run
 import train_target
+from run import UserError
 
-# Runs one command in a forked child again and again, as a person would after each crash, and kills it at the given moments:
-# (lines that the log has by then, seconds to wait after that). Prints how many of the kills met a living process.
+# Runs one command in a forked child again and again, as a person would after each crash, and kills it at the given
+# moments: (lines that the log has by then, seconds to wait after that). Prints how many kills met a living process.
 KILLER = """
 import contextlib, importlib, json, os, signal, sys, time
 from pathlib import Path
@@ -26,7 +27,9 @@ import torch, torch._dynamo, tyro  # imported once, before the forks
 torch.set_num_threads(1)
 script, folder, moments, begin = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]
 module = importlib.import_module(script)
-import train_target
+import run
+from bench import cost
+cost.report = lambda *args: None
 
 def start():
     pid = os.fork()
@@ -77,11 +80,11 @@ def test_decompose_killed_ten_times_ends_in_the_same_bits(home):
     kill_ten_times(
         home, "decompose", "killed", 50, "--dataset=text", "--target=target", "--out=killed", *flags(settings)
     )
-    once, often = (torch.load(home / run / "checkpoint.pt", weights_only=True)["vpd"] for run in ("unharmed", "killed"))
+    once, often = (torch.load(home / name / "state.pt", weights_only=True)["vpd"] for name in ("unharmed", "killed"))
     assert len(tensors(once)) == len(tensors(often)) > 50
     assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(often)))
     assert (home / "unharmed/metrics.jsonl").read_text() == (home / "killed/metrics.jsonl").read_text()
-    once, often = (json.loads((home / run / "metrics.json").read_text()) for run in ("unharmed", "killed"))
+    once, often = (json.loads((home / name / "metrics.json").read_text()) for name in ("unharmed", "killed"))
     assert once.pop("seconds") != often.pop("seconds")
     assert once == often
     assert not list((home / "killed").glob("*.tmp"))
@@ -95,30 +98,12 @@ def test_train_target_killed_ten_times_ends_in_the_same_bits(home):
         home, "train_target", "killed-target", 130, "--dataset=text", "--out=killed-target", *flags(settings)
     )
     once, often = (
-        torch.load(home / run / "checkpoint.pt", weights_only=True) for run in ("unharmed-target", "killed-target")
+        torch.load(home / name / "checkpoint.pt", weights_only=True) for name in ("unharmed-target", "killed-target")
     )
     assert all(torch.equal(once["model"][name], often["model"][name]) for name in once["model"])
     assert once["curve"] == often["curve"] and len(once["curve"]) == 150
     assert (home / "unharmed-target/sample.txt").read_text() == (home / "killed-target/sample.txt").read_text()
     assert not (home / "killed-target/state.pt").exists()
-
-
-def test_a_power_cut_before_the_rename_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    """The new bytes are settled on the disk before they get the name, and the name after it."""
-    events = []
-    real_replace, real_fsync = os.replace, os.fsync
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), real_replace(a, b)))
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("settle"), real_fsync(handle)))
-    run.save(tmp_path / "checkpoint.pt", {"kind": "target", "value": 1})
-    assert events == ["settle", "rename", "settle"]
-
-    def power_cut(a, b):
-        raise SystemError("dark")
-
-    monkeypatch.setattr(os, "replace", power_cut)
-    with pytest.raises(SystemError):
-        run.save(tmp_path / "checkpoint.pt", {"kind": "target", "value": 2})
-    assert torch.load(tmp_path / "checkpoint.pt")["value"] == 1
 
 
 @pytest.mark.parametrize("script", [decompose, train_target])
@@ -128,75 +113,44 @@ def test_a_run_that_ended_before_its_first_save_has_its_settings_from_config_jso
     assert script.Config(resume=str(tmp_path)).defaults() == dataclasses.replace(begun, resume=str(tmp_path))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def half(home):
-    """A finished run of 4 steps."""
-    decompose.main(config(out="half", steps=4))
+    """A finished run of 4 steps, no test's own."""
+    if not (home / "half").exists():
+        decompose.train(config(out="half", steps=4))
     return "half"
 
 
-CHANGES = dict(
-    lr=0.1,
-    B=4,
-    T=8,
-    beta_imp=1.0,
-    seed=3,
-    C="*=5",
-    d_ci=32,
-    dataset="elsewhere",
-    target="elsewhere",
-    adv_scope="batch",
-    faith_steps=4,
-    shard=True,
-)
+CHANGES = dict(lr=0.1, B=4, T=8, beta_imp=1.0, seed=3, C="*=5", d_ci=32, dataset="elsewhere", target="elsewhere")
+CHANGES |= dict(adv_scope="batch", faith_steps=4, shard=True)
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_setting_is_refused_by_name(half, name):
-    with pytest.raises(ValueError, match=f"^{name}=.*: the run in half has {name}="):
-        decompose.main(resumed(half, **{name: CHANGES[name]}))
+    with pytest.raises(UserError, match=f"^{name}=.*: the run in half has {name}="):
+        decompose.train(resumed(half, **{name: CHANGES[name]}))
 
 
-def test_steps_and_logging_may_change(home, half, capsys):
-    decompose.main(resumed(half, steps=6, log_every=5, save_every=2))
+def test_steps_logging_and_what_helps_when_memory_is_short_may_change(home, capsys):
+    decompose.train(config(out="longer", steps=4))
+    changes = dict(steps=6, log_every=5, save_every=2, eval_every=6, memory_budget=0.0, compile="auto")
+    decompose.train(resumed("longer", **changes))
     assert "resume: 6 steps, not 4: from step 4 on all schedules" in capsys.readouterr().out
-    checkpoint = torch.load(home / "half/checkpoint.pt", weights_only=True)
-    assert checkpoint["vpd"]["step"] == checkpoint["config"]["steps"] == 6
-    assert [json.loads(line)["step"] for line in (home / "half/metrics.jsonl").read_text().splitlines()] == [
-        0,
-        1,
-        2,
-        3,
-        5,
-    ]
+    checkpoint = torch.load(home / "longer/checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == checkpoint["config"]["steps"] == 6
+    rows = [json.loads(line) for line in (home / "longer/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 5, 5] and "val_l0" in rows[-1]
 
 
-def test_other_tokens_are_refused(home, half, monkeypatch):
+def test_other_tokens_are_refused(half, monkeypatch):
     monkeypatch.setattr(data.Corpus, "digest", lambda self: "0" * 16)
-    with pytest.raises(ValueError, match="the tokens of text-.* are not those of that run"):
-        decompose.main(resumed(half, steps=9))
+    with pytest.raises(UserError, match="the tokens of its text are not those of that run"):
+        decompose.train(resumed(half, steps=9))
 
 
-def test_an_unfinished_target_is_finished_by_decompose(home, monkeypatch):
-    """The target that decompose.py trains by itself stopped half way: the same command goes on with it."""
-    tiny = [(name, type(value), value) for name, value in (TINY_TARGET | dict(dataset="text", save_every=5)).items()]
-    monkeypatch.setattr(
-        train_target, "Config", dataclasses.make_dataclass("Config", tiny, bases=(train_target.Config,), frozen=True)
-    )
-
-    def power_cut(folder, row):
-        if row["step"] > 8:
-            raise SystemError("dark")
-        log_line(folder, row)
-
-    log_line = train_target.log_line
-    with monkeypatch.context() as patch:
-        patch.setattr(train_target, "log_line", power_cut)
-        with pytest.raises(SystemError):
-            train_target.main(train_target.Config().defaults())
-    corpus = data.load("text")
-    assert torch.load(home / f"out/target-{corpus.name}/state.pt", weights_only=True)["step"] == 5
-    checkpoint = decompose.target_of(config(target=""), corpus)
-    whole = torch.load(home / "target/checkpoint.pt", weights_only=True)
-    assert all(torch.equal(whole["model"][key], checkpoint["model"][key]) for key in whole["model"])
-    assert checkpoint["curve"] == whole["curve"]
+def test_a_run_reduced_to_what_readers_open_cannot_go_on(home, whole):
+    (home / "reduced").mkdir()
+    for name in ("checkpoint.pt", "config.json", "metrics.jsonl"):
+        (home / "reduced" / name).write_bytes((whole / name).read_bytes())
+    with pytest.raises(UserError, match="'reduced' holds no state.pt"):
+        decompose.train(resumed("reduced", steps=9))

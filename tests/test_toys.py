@@ -1,31 +1,29 @@
 """python -m toys: each check is shown a right answer and wrong ones; one toy runs end to end."""
 
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import one_line
+from torch import nn
 
 import losses
+import run
 import toys.__main__ as toy
-from ci_fn import CIMLPs, CISharedMLP
+from decompose import VPD
 from model import Decomposition
-from toys import targets as toy_targets
-from toys.__main__ import (
-    Config,
-    column_match,
-    dense_error,
-    identity_error,
-    matrix_cosine,
-    n_live,
-    n_shared,
-    permute_identity,
-    preset,
-)
+from run import UserError
+from toys import checks, figures, targets
+from toys.__main__ import Config, preset
+from toys.checks import column_match, dense_error, identity_error, live, matrix_cosine, n_shared, permute_identity
+from toys.gamma import CIMLPs, CISharedMLP
 from toys.targets import TMS, TOYS, InductionHead, PingPong, ResidMLP
 
 ROOT = Path(toy.__file__).parent.parent
@@ -87,7 +85,7 @@ def test_dense_error():
 
 
 def test_the_stricter_dense_error_behind_a_relu():
-    """Exact importances of W_out's pieces in the basis of neurons, on at about half of the probes: right as published, not to us."""
+    """Exact importances of a neuron's pieces, on at about half of the probes: right as published, not to us."""
     torch.manual_seed(0)
     target = ResidMLP(100, 1, 50)
     on = (target.probes() @ target.W_E @ target.mlp_in[0].weight.T > 0).float()
@@ -97,7 +95,7 @@ def test_the_stricter_dense_error_behind_a_relu():
 
 
 def test_live_and_shared_counts():
-    assert [n_live(ANSWERS[kind][0]) for kind in ("right", "split", "shared", "dead")] == [3, 6, 2, 2]
+    assert [int(live(ANSWERS[kind][0]).sum()) for kind in ("right", "split", "shared", "dead")] == [3, 6, 2, 2]
     assert [n_shared(ANSWERS[kind][0]) for kind in ("right", "split", "shared", "all on")] == [0, 0, 1, 5]
 
 
@@ -144,113 +142,117 @@ def test_match_of_a_missing_feature(W):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-TARGETS = {
-    "tms": lambda: TMS(5, 2, identity=False),
-    "tms-id": lambda: TMS(5, 2, identity=True),
-    "resid": lambda: ResidMLP(6, 2, 4, d=30),
-    "ping_pong": PingPong,
+TARGETS = {  # and how many pieces each matrix has
+    "tms": (lambda: TMS(5, 2, identity=False), {"linear1": 5, "linear2": 5}),
+    "tms-id": (lambda: TMS(5, 2, identity=True), {"linear1": 5, "hidden": 2, "linear2": 5}),
+    "resid": (lambda: ResidMLP(6, 2, 4, d=30), {"mlp_in.0": 6, "mlp_in.1": 6, "mlp_out.0": 4, "mlp_out.1": 4}),
+    "ping_pong": (PingPong, {"circuits": 16}),
 }
+
+
+@functools.cache
+def trained(name: str, steps: int) -> nn.Module:
+    return targets.train(replace(TOYS[name], steps=steps), 0)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_the_canonical_pieces_are_the_target(kind):
     """They sum to W, up to what no input of the target can see, so that leaving Delta out changes nothing."""
     torch.manual_seed(0)
-    target = TARGETS[kind]()
+    make, pieces = TARGETS[kind]
+    target = make()
     x = target.batch(64, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        decomposition, g = toy.canonical_decomposition(target, x)
+        decomposition, g = checks.canonical_decomposition(target, x)
         unmasked = torch.cat((torch.ones_like(g), torch.zeros(64, decomposition.L)), -1)
         assert g.shape == (64, sum(decomposition.C.values()))
         if kind != "resid":  # its later layers read what mlp_out wrote outside of the features' span
             torch.testing.assert_close(decomposition(x, unmasked), target(x), atol=1e-5, rtol=0)
-    pieces = target.canonical()
-    assert {name: U.shape[1] for name, (U, V) in pieces.items()} == {
-        name: n for name, (_, n) in target.importance.items()
-    }
+    linears = [name for name, module in target.named_modules() if isinstance(module, nn.Linear)]
+    assert decomposition.C == pieces and list(pieces) == linears and set(target.dense) <= set(linears)
 
 
 def test_ping_pong_circuits_are_independent():
     """With importance 1 exactly where a circuit is at work nothing is lost, whatever the masks: canonical MSE 0."""
     target = PingPong()
     x = target.batch(512, torch.Generator().manual_seed(0))
-    decomposition, g = toy.canonical_decomposition(target, x)
-    assert toy.stochastic_mse(decomposition, x, g, torch.Generator().manual_seed(1)) < 1e-12
+    decomposition, g = checks.canonical_decomposition(target, x)
+    assert checks.masked_mse(decomposition, x, g, torch.Generator().manual_seed(1)) < 1e-12
     assert torch.linalg.matrix_rank(target.circuits.weight) == 2  # 16 circuits
     wrong = torch.zeros_like(g)
-    assert toy.stochastic_mse(decomposition, x, wrong, torch.Generator().manual_seed(1)) > 1e-3
+    assert checks.masked_mse(decomposition, x, wrong, torch.Generator().manual_seed(1)) > 1e-3
+
+
+def test_ping_pong_probes_call_for_one_circuit_each():
+    target = PingPong()
+    probes = target.probes()
+    assert torch.equal(target.active(probes), torch.eye(16, dtype=torch.bool))
+    fan_in, fan_out = target(probes).split(8)
+    assert (fan_in[:, 0] == 0.75).all() and not fan_in[:, 1:].any()
+    assert torch.equal(fan_out[:, 1:], 0.75 * torch.eye(8)) and not fan_out[:, 0].any()
 
 
 def test_the_canonical_band_of_tms():
     """Close to what was worked out for canonical pieces of a trained TMS 5-2: 2.7e-4, and 1e-2 without importances."""
-    target = toy_targets.train(TOYS["tms_5-2"], 0, torch.device("cpu"))
+    target = trained("tms_5-2", 5000)
     x = target.batch(20_000, torch.Generator().manual_seed(0))
-    decomposition, g = toy.canonical_decomposition(target, x)
-    assert toy.stochastic_mse(decomposition, x, g, torch.Generator().manual_seed(1)) == pytest.approx(2.7e-4, rel=0.25)
-    assert toy.stochastic_mse(decomposition, x, torch.zeros_like(g), torch.Generator().manual_seed(1)) == pytest.approx(
-        1.2e-2, rel=0.25
-    )
+    decomposition, g = checks.canonical_decomposition(target, x)
+    mse, nothing = (checks.masked_mse(decomposition, x, on * g, torch.Generator().manual_seed(1)) for on in (1, 0))
+    assert (mse, nothing) == pytest.approx((2.7e-4, 1.2e-2), rel=0.25)
     with torch.no_grad():
         assert target.loss(x).item() == pytest.approx(0.00178, rel=0.1)
         assert target.linear1.weight.norm(dim=0) == pytest.approx(torch.full((5,), 1.13), abs=0.02)
     assert target.linear2.weight.data_ptr() == target.linear1.weight.data_ptr()  # tied
 
 
-def known(target, wrong=lambda g: g):
+def known(target, wrong=lambda g: g) -> VPD:
     """A finished run whose decomposition is the canonical one and whose Gamma knows which mechanisms are at work."""
-    decomposition, _ = toy.canonical_decomposition(target, target.batch(2, torch.Generator().manual_seed(0)))
 
-    def ci_fn(inputs):
-        x = inputs[0]
-        active = target.active(x).float()
-        g = [
-            active if target.importance[name][0] == "identity" else active.amax(-1, keepdim=True).expand(-1, C)
-            for name, C in decomposition.C.items()
-        ]
-        return wrong(torch.cat(g, -1))
+    class Knowing(nn.Module):
+        def forward(self, inputs):
+            return wrong(checks.canonical_decomposition(target, inputs[0])[1])
 
-    return SimpleNamespace(
-        decomposition=decomposition, ci_fn=ci_fn, config=SimpleNamespace(leak=0.01), device=torch.device("cpu")
-    )
+    decomposition, _ = checks.canonical_decomposition(target, target.batch(2, torch.Generator()))
+    return VPD(decomposition, Knowing(), preset("tms_5-2", "vpd"), (2,), torch.device("cpu"), losses.mse)
 
 
-@pytest.mark.parametrize("name", ["tms_5-2", "tms_5-2-id", "ping_pong"])
-def test_the_known_answer_passes_every_check_and_a_wrong_one_fails(name):
-    target = toy_targets.train(TOYS[name], 0, torch.device("cpu"))
-    checks = toy.feature_checks(known(target), seed=0)
-    assert {c.name for c in checks if c.ok is False} == set(), toy.table(name, checks)
-    assert sum(c.ok is True for c in checks) == {"tms_5-2": 14, "tms_5-2-id": 17, "ping_pong": 7}[name]
-    always_on = toy.feature_checks(known(target, wrong=torch.ones_like), seed=0)
-    seen = {"permuted-CI error", "serve several", "L0 on data"} | (
-        {"MSE stochastic"} if name != "ping_pong" else set()
-    )  # its known MSE is 0 too
+@pytest.mark.parametrize("name, steps", [("tms_5-2", 5000), ("tms_5-2-id", 1000), ("ping_pong", 0)])
+def test_the_known_answer_passes_every_check_and_a_wrong_one_fails(name, steps):
+    target = trained(name, steps)
+    found = checks.feature_checks(known(target), seed=0)
+    assert {c.name for c in found if c.ok is False} == set(), figures.table(name, found)
+    assert sum(c.ok is True for c in found) == {"tms_5-2": 14, "tms_5-2-id": 17, "ping_pong": 7}[name]
+    always_on = checks.feature_checks(known(target, wrong=torch.ones_like), seed=0)
+    seen = {"permuted-CI error", "serve several", "L0 on data"}
+    seen |= {"MSE stochastic"} if name != "ping_pong" else set()  # its known MSE is 0 too
     assert seen <= {c.name for c in always_on if c.ok is False}
-    dead = toy.feature_checks(known(target, wrong=torch.zeros_like), seed=0)
+    dead = checks.feature_checks(known(target, wrong=torch.zeros_like), seed=0)
     assert {"permuted-CI error", "live", "L0 on data"} <= {c.name for c in dead if c.ok is False}
 
 
-def test_the_best_restart_has_a_finite_loss():
-    target = TMS(5, 2, identity=False)
-    with pytest.raises(ValueError, match="try a smaller lr"):
-        toy.decompose(
-            toy.dataclasses.replace(
-                preset("tms_5-2", "vpd"), steps=1, faith_steps=0, lr=1e38, B=4, beta_imp=float("inf")
-            ),
-            target,
-            torch.device("cpu"),
-        )
+def test_a_loss_that_is_not_finite_ends_the_run():
+    config = replace(preset("tms_5-2", "vpd"), steps=2, faith_steps=0, lr=9e18, B=4)
+    with pytest.raises(UserError, match="at step 1: try a smaller lr than 9e\\+18"):
+        toy.decompose(config, TMS(5, 2, identity=False))
+
+
+def test_the_best_restart_is_kept(capsys):
+    config = replace(preset("tms_5-2", "vpd"), steps=20, faith_steps=5, B=16, C=6, restarts=3)
+    best = toy.decompose(config, TMS(5, 2, identity=False))
+    found = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()]
+    assert len(set(found)) == 3 and best.config.seed == 1000 * found.index(min(found))
 
 
 def test_known_clusterings():
-    """Both pieces of a feature in one component, and the identity's two pieces in another: not when a feature's pieces part."""
+    """Both pieces of a feature in one component, the identity's two in another; not when a feature's pieces part."""
     target = TMS(5, 2, identity=True)
-    assert {1, 2} <= set(toy.known_clusterings(known(target), seed=0))
+    assert {1, 2} <= set(checks.known_clusterings(known(target), seed=0))
 
     def part(g):  # linear1's piece of feature 0 is on wherever anything is
         return torch.cat((g.amax(-1, keepdim=True), g[:, 1:]), -1)
 
-    assert toy.known_clusterings(known(target, wrong=part), seed=0) == []
-    assert toy.known_clusterings(known(target, wrong=torch.zeros_like), seed=0) == []
+    assert checks.known_clusterings(known(target, wrong=part), seed=0) == []
+    assert checks.known_clusterings(known(target, wrong=torch.zeros_like), seed=0) == []
 
 
 def test_induction_batches():
@@ -275,7 +277,7 @@ def test_induction_attention_is_causal():
 
 
 def test_sparse_features():
-    x = toy_targets.sparse_features((20_000, 4), 0.05, -1.0, torch.Generator().manual_seed(0))
+    x = targets.sparse_features((20_000, 4), 0.05, -1.0, torch.Generator().manual_seed(0))
     assert (x != 0).float().mean().item() == pytest.approx(0.05, abs=0.005)
     on = x[x != 0]
     assert -1 <= on.min() < -0.95 and 0.95 < on.max() <= 1 and on.mean().abs() < 0.05
@@ -287,7 +289,7 @@ def test_sparse_features():
 def test_ci_mlps_look_at_one_subcomponent_each():
     V = [torch.randn(4, 3, requires_grad=True), torch.randn(6, 2, requires_grad=True)]
     torch.manual_seed(0)
-    ci_fn = CIMLPs(V, hidden=5)
+    ci_fn = CIMLPs(V, d_hidden=5)
     inputs = [torch.randn(7, 4), torch.randn(7, 6)]
     z = ci_fn(inputs)
     assert z.shape == (7, 5)
@@ -302,24 +304,24 @@ def test_ci_mlps_look_at_one_subcomponent_each():
 
 def test_ci_shared_mlp_sees_all_layers():
     torch.manual_seed(0)
-    ci_fn = CISharedMLP([4, 6], C=5, hidden=(8, 7))
+    ci_fn = CISharedMLP([4, 6], C=5, d_hidden=8)
     inputs = [torch.randn(3, 2, 4, requires_grad=True), torch.randn(3, 2, 6, requires_grad=True)]
     z = ci_fn(inputs)
     assert z.shape == (3, 2, 5)
     z[..., 0].sum().backward()
     assert all(x.grad.any() for x in inputs)
-    assert [(layer.in_features, layer.out_features) for layer in ci_fn.layers] == [(10, 8), (8, 7), (7, 5)]
+    assert [(layer.in_features, layer.out_features) for layer in (ci_fn.inp, ci_fn.out)] == [(10, 8), (8, 5)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_contradictions_are_refused_with_both_names():
-    with pytest.raises(ValueError, match="method=spd contradicts beta_adv=0.5"):
+    with pytest.raises(UserError, match="method=spd contradicts beta_adv=0.5"):
         Config(toy="tms_5-2", method="spd", beta_adv=0.5, beta_freq=0.0)
-    with pytest.raises(ValueError, match="method=spd contradicts beta_freq=0.1"):
+    with pytest.raises(UserError, match="method=spd contradicts beta_freq=0.1"):
         Config(toy="tms_5-2", method="spd", beta_adv=0.0, beta_freq=0.1)
-    with pytest.raises(ValueError, match="ci=transformer contradicts toy=tms_5-2"):
+    with pytest.raises(UserError, match="ci=transformer contradicts toy=tms_5-2"):
         Config(toy="tms_5-2", ci="transformer")
 
 
@@ -331,31 +333,34 @@ def test_contradictions_are_refused_with_both_names():
     (["tms_5-2", "--ci=mlp"], "ci=mlp contradicts ci_spread=20.0 or ci_bias=-1.0"),
     (["tms_5-2", "--method=spd", "--ci_spread=7"], "ci=mlp contradicts ci_spread=7.0"),
     (["tms_5-2", "--ci_bias=nan"], "ci_bias=nan: must be finite"),
+    (["tms_5-2", "--ci_spread=inf"], "ci_spread=inf: must be 0 or above"),
+    (["tms_5-2", "--lr=inf"], "lr=inf: must be above 0"),
+    (["tms_5-2", "--beta_imp=nan"], "beta_imp=nan: must be 0 or above"),
+    (["tms_5-2", "--beta_adv=0", "--beta_stoch=0"], "without a reconstruction loss"),
     (["tms_5-2", "--device=cuda"], "device=cuda: toys run on the CPU"),
+    (["tms_5-2", "--restart=2"], "did you mean --restarts?"),
     (["induction", "--hidden=12"], "hidden=12: with ci=transformer a multiple of 8"),
-    (["tms_5-2", "--steps=2", "--lr=inf", "--restarts=1"], "try a smaller lr than inf"),
+    (["ping_pong", "--steps=2", "--C=6", "--lr=9e18"], "at step 1: try a smaller lr than 9e+18"),
+    (["tms_5-2", "--out=full"], "out=full is not an empty folder"),
 ])  # fmt: skip
-def test_bad_flags_end_with_one_line(flags, said, tmp_path):
-    run = subprocess.run([sys.executable, "-m", "toys", *flags], capture_output=True, text=True, cwd=tmp_path, env=ENV)
-    assert (
-        run.returncode != 0
-        and said in run.stderr
-        and run.stderr.strip().splitlines()[-1].startswith("error: ")
-        and "Traceback" not in run.stderr
-    )
-    assert not list(tmp_path.glob("out/*/checkpoint.pt"))
+def test_bad_flags_end_with_one_line(flags, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "checkpoint.pt").touch()
+    assert said in one_line(toy, *flags)
+    assert not [path for path in tmp_path.glob("out/*/*")]
 
 
 @pytest.mark.parametrize("method", ["vpd", "spd"])
 @pytest.mark.parametrize("name", TOYS)
 def test_every_toy_has_presets_and_steps(name, method):
-    """Two steps of every toy with its own settings at a small size: finite losses, one Decomposition and step for all."""
-    config = toy.dataclasses.replace(preset(name, method), B=4, steps=2, faith_steps=2, C=6)
+    """Two steps of every toy with its own settings at a small size: finite losses, one Decomposition for all."""
+    config = replace(preset(name, method), B=4, steps=2, faith_steps=2, C=6)
     torch.manual_seed(0)
     target = TOYS[name].make()
-    vpd = toy.decompose(config, target, torch.device("cpu"))
-    assert isinstance(vpd, toy.VPD) and isinstance(vpd.decomposition, Decomposition) and vpd.step == 2
-    g = toy.importances(vpd, target.batch(5, torch.Generator().manual_seed(0)))
+    vpd = toy.decompose(config, target)
+    assert isinstance(vpd, VPD) and isinstance(vpd.decomposition, Decomposition) and vpd.step == 2
+    g = checks.importances(vpd, target.batch(5, torch.Generator().manual_seed(0)))
     assert g.shape[-1] == sum(vpd.decomposition.C.values()) and g.isfinite().all() and 0 <= g.min() and g.max() <= 1
     assert (vpd.divergence is losses.kl_divergence) == (name == "induction")
     assert ("adversarial" in vpd.train_step(target.batch(4, torch.Generator().manual_seed(1)))) == (method == "vpd")
@@ -363,35 +368,60 @@ def test_every_toy_has_presets_and_steps(name, method):
 
 def test_the_induction_table():
     torch.manual_seed(0)
-    config = toy.dataclasses.replace(preset("induction", "vpd"), B=4, steps=1, faith_steps=1, C=3)
-    vpd = toy.decompose(config, InductionHead(), torch.device("cpu"))
-    ablations = toy.induction_ablations(vpd, seed=0, rows=16)
+    config = replace(preset("induction", "vpd"), B=4, steps=1, faith_steps=1, C=3)
+    vpd = toy.decompose(config, InductionHead())
+    ablations = checks.induction_ablations(vpd, seed=0, rows=16)
     assert {f"without layers.{l}.{w}" for l in (0, 1) for w in "qkvo"} <= set(ablations)
     assert all(0 <= value <= 1 for row in ablations.values() for value in row)
     assert not vpd.decomposition.target.layers[0].pattern._forward_hooks  # nothing stays behind
-    assert "last S attends to m" in toy.ablation_table(ablations)
+    assert "last S attends to m" in figures.ablation_table(ablations)
+
+
+@pytest.mark.parametrize("name, flags, n", [("ping_pong", ["--seed=1"], 7), ("induction", [], 10)])
+def test_a_run_leaves_its_folder(name, flags, n, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(TOYS, name, replace(TOYS[name], steps=min(1, TOYS[name].steps)))
+    monkeypatch.setattr(sys, "argv", ["toys", name, "--steps=1", "--B=4", "--C=1", "--hidden=8", *flags])
+    run.run_script(toy.main, Config, toy.__doc__, toy.defaults)
+    seed = 1 if "--seed=1" in flags else 0
+    folder = tmp_path / "out" / f"toy-{name}-vpd-{seed}"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.json", "checkpoint.pt", "toy.png"}
+    metrics, config = (json.loads((folder / f"{file}.json").read_text()) for file in ("metrics", "config"))
+    assert set(metrics) == {"checks", "ablations", "alphas", "seconds"} and f"of {n} checks" in capsys.readouterr().out
+    assert (config["toy"], config["seed"], config["hidden"]) == (name, seed, 8)
+    assert set(run.load_checkpoint(folder / "checkpoint.pt", "toy")["vpd"]["decomposition"]) >= {
+        "U:circuits" if name == "ping_pong" else "U:layers/0/q"
+    }
+
+
+@pytest.mark.parametrize(
+    "args, shown", [([], {"3000", "50", "-1.0"}), (["resid_mlp1"], {"12000", "5e-06", "2.2", "mlp"})]
+)
+def test_help_shows_the_preset_of_the_toy(args, shown, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["toys", *args, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        run.run_script(toy.main, Config, toy.__doc__, toy.defaults)
+    out = capsys.readouterr().out
+    assert not stop.value.code and "Toys with known answers" in out
+    assert shown <= set(re.findall(r"\(default: (\S*)\)", out))
 
 
 @pytest.mark.slow
 def test_tms_5_2_end_to_end(tmp_path):
-    """The command of the README recovers the mechanisms exactly."""
-    run = subprocess.run(
-        [sys.executable, "-m", "toys", "tms_5-2", "--device=cpu"], capture_output=True, text=True, cwd=tmp_path, env=ENV
-    )
-    assert run.returncode == 0, run.stderr
+    """The command of the README, from another folder, recovers the mechanisms exactly."""
+    command = [sys.executable, "-m", "toys", "tms_5-2", "--device=cpu"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENV)
+    assert ran.returncode == 0, ran.stderr
     folder = tmp_path / "out" / "toy-tms_5-2-vpd-0"
-    checks = {(c["name"], c["matrix"]): c for c in json.loads((folder / "metrics.json").read_text())["checks"]}
-    assert checks["MMCS of columns", "linear1"]["value"] >= 0.999
-    assert 0.96 <= checks["ML2R of columns", "linear1"]["value"] <= 1.02
-    assert checks["whole-matrix cosine", "linear1"]["value"] >= 0.99
+    found = {(c["name"], c["matrix"]): c for c in json.loads((folder / "metrics.json").read_text())["checks"]}
+    assert found["MMCS of columns", "linear1"]["value"] >= 0.999
+    assert 0.96 <= found["ML2R of columns", "linear1"]["value"] <= 1.02
+    assert found["whole-matrix cosine", "linear1"]["value"] >= 0.99
     for matrix in ("linear1", "linear2"):
-        assert checks["permuted-CI error", matrix]["value"] == 0
-        assert checks["live", matrix]["value"] == 5
-        assert 0.15 <= checks["L0 on data", matrix]["value"] <= 0.28
-    assert 1e-4 <= checks["MSE stochastic", ""]["value"] <= 1e-3
-    assert all(c["ok"] is not False for c in checks.values())
-    assert (
-        (folder / "toy.png").stat().st_size > 10_000
-        and (folder / "checkpoint.pt").exists()
-        and "14 of 14 checks pass" in run.stdout
-    )
+        assert found["permuted-CI error", matrix]["value"] == 0
+        assert found["live", matrix]["value"] == 5
+        assert 0.15 <= found["L0 on data", matrix]["value"] <= 0.28
+    assert 1e-4 <= found["MSE stochastic", ""]["value"] <= 1e-3
+    assert all(c["ok"] is not False for c in found.values())
+    assert (folder / "toy.png").stat().st_size > 10_000 and (folder / "checkpoint.pt").exists()
+    assert "14 of 14 checks pass" in ran.stdout

@@ -1,14 +1,16 @@
 """Toys with known answers: small targets f(x | W) whose mechanisms somebody worked out, their data and their training.
 
-  A. TMS            features in superposition (toy model of superposition), with or without an identity in the middle
+  A. TMS            toy model of superposition, with or without an identity in the middle
   B. ResidMLP       x + relu(x) by fewer neurons than features, in 1, 2 or 3 layers: computation in superposition
   C. PingPong       hand-made circuits that share neurons, so that their sum stays rank one: what L_frequency is for
   D. InductionHead  two attention-only layers that copy what followed a token the last time
   E. TOYS, train
 
-Each target is a plain module of `nn.Linear` layers and knows its data (`batch`), its task (`loss`), and, where it has one,
-its canonical decomposition (`canonical`, `active`). toys/__main__.py decomposes it. Architectures and data are those of the papers on APD
-and SPD; training is shorter: TMS half the steps, 40-10 a quarter of the batch, the induction transformer 4,000 steps of 256, not 100,000 of 1,024.
+Each target is a plain module of `nn.Linear` layers. It knows its data (`batch`), its task (`loss`) and, where there is
+one, its canonical decomposition (`canonical`, `dense`, `active`). toys/__main__.py decomposes it.
+
+Architectures and data are those of the papers on APD and SPD. Training is shorter: TMS half the steps, 40-10 a quarter
+of the batch, the induction transformer 4,000 steps of 256, not 100,000 of 1,024.
 """
 
 from collections.abc import Callable
@@ -18,40 +20,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run import progress_bar
+import run
 from train_target import cosine
 
 Pieces = tuple[Tensor, Tensor]  # U [d_out, n], V [d_in, n]: n rank-one pieces that sum to a matrix
 
 
-def sparse_features(shape: tuple[int, int], p: float, low: float, generator: torch.Generator) -> Tensor:
-    """Each feature is on with probability p and then U(low, 1), else 0; [B, n]."""
-    value = low + (1 - low) * torch.rand(shape, generator=generator, device=generator.device)
-    return value * (torch.rand(shape, generator=generator, device=generator.device) < p)
+def sparse_features(shape: tuple[int, int], chance: float, low: float, generator: torch.Generator) -> Tensor:
+    """[B, n]: each feature is on with this chance and then U(low, 1), else 0."""
+    value = low + (1 - low) * torch.rand(shape, generator=generator)
+    return value * (torch.rand(shape, generator=generator) < chance)
 
 
 class FeatureToy(nn.Module):
-    """What the toys without a sequence have in common: inputs [B, n] of n features that are mostly 0."""
+    """What the toys without a sequence have in common: inputs x [B, n] of n features that are mostly 0.
 
-    p = 0.05  # probability that a feature is on
-    low = 0.0  # its values are U(low, 1)
-    importance: dict[
-        str, tuple[str, int]
-    ]  # of each matrix: ("identity", n) one piece a feature, or ("dense", k) k pieces at once
+    A mechanism is a feature, or in PingPong a circuit. A matrix has a piece for each mechanism, important where that is
+    at work; the pieces of a `dense` matrix are all important wherever any mechanism is.
+    """
+
+    n: int
+    chance, low = 0.05, 0.0  # a feature is on with this chance, and then U(low, 1)
+    dense: tuple[str, ...] = ()
 
     def batch(self, B: int, generator: torch.Generator) -> Tensor:
-        return sparse_features((B, self.n), self.p, self.low, generator)
+        return sparse_features((B, self.n), self.chance, self.low, generator)
 
     def probes(self) -> Tensor:
-        """One feature a row, at 0.75: [n, n]."""
+        """One mechanism a row: here a feature at 0.75, [n, n]."""
         return 0.75 * torch.eye(self.n)
 
     def active(self, x: Tensor) -> Tensor:
-        """bool [B, n]: whether mechanism i is at work on x [B, n]."""
+        """Whether a mechanism is at work on x: bool [B, mechanisms]."""
         return x != 0
-
-    def loss(self, x: Tensor) -> Tensor:
-        return F.mse_loss(self(x), self.label(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,36 +60,34 @@ class FeatureToy(nn.Module):
 
 
 class TMS(FeatureToy):
-    """relu(W2 (I) W1 x + b), W2 = W1^T: n features through m dimensions. With `identity` a frozen I is in the middle.
+    """relu(W2 (I) W1 x + b), W2 = W1^T: n features through d dimensions. With `identity` a frozen I is in the middle.
 
-    Canonical: a piece W1[:, j] e_j^T for each feature and its transpose in W2; I splits into m pieces in no particular basis.
+    Canonical: a piece W1[:, j] e_j^T for each feature and its transpose in W2; d pieces of I, in any basis.
     """
 
-    def __init__(self, n: int, m: int, identity: bool) -> None:
+    def __init__(self, n: int, d: int, identity: bool) -> None:
         super().__init__()
-        self.n, self.m = n, m
-        self.linear1 = nn.Linear(n, m, bias=False)
-        self.hidden = nn.Linear(m, m, bias=False) if identity else nn.Identity()
-        self.linear2 = nn.Linear(m, n)
+        self.n, self.d = n, d
+        self.linear1 = nn.Linear(n, d, bias=False)
+        self.hidden = nn.Linear(d, d, bias=False) if identity else nn.Identity()
+        self.linear2 = nn.Linear(d, n)
         if identity:
             nn.init.eye_(self.hidden.weight).requires_grad_(False)
+            self.dense = ("hidden",)
         nn.init.zeros_(self.linear2.bias)  # from PyTorch's own start most 5-2 targets lose a feature or more
         # One storage for both. AdamW then steps it twice, once with each gradient, as in the earlier papers' code.
         self.linear2.weight.data = self.linear1.weight.data.T
-        self.importance = {"linear1": ("identity", n), "linear2": ("identity", n)} | (
-            {"hidden": ("dense", m)} if identity else {}
-        )
-
-    def label(self, x: Tensor) -> Tensor:
-        return x
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.linear2(self.hidden(self.linear1(x))))
 
+    def loss(self, x: Tensor) -> Tensor:
+        return F.mse_loss(self(x), x)
+
     def canonical(self) -> dict[str, Pieces]:
         W1, W2 = self.linear1.weight, self.linear2.weight
         pieces = {"linear1": (W1, torch.eye(self.n)), "linear2": (torch.eye(self.n), W2.T)}
-        return pieces | ({"hidden": (torch.eye(self.m), torch.eye(self.m))} if "hidden" in self.importance else {})
+        return pieces | {name: (torch.eye(self.d), torch.eye(self.d)) for name in self.dense}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,13 +95,13 @@ class TMS(FeatureToy):
 
 
 class ResidMLP(FeatureToy):
-    """n features in a residual stream of width d by a fixed W_E of unit rows; layers of d_mlp ReLU neurons; read off by W_E^T.
+    """x + relu(x) of n features: in by a fixed W_E of unit rows, d_mlp ReLU neurons a layer, out by W_E^T.
 
-    Learns x + relu(x). Canonical: mlp_in has a piece for each feature, over many neurons; mlp_out is one component of full rank,
-    wanted as soon as any feature is on.
+    Canonical: mlp_in has a piece for each feature, over many neurons; mlp_out is one component of full rank, wanted as
+    soon as any feature is on.
     """
 
-    p, low = 0.01, -1.0
+    chance, low = 0.01, -1.0
 
     def __init__(self, n: int, n_layer: int, d_mlp: int, d: int = 1000) -> None:
         super().__init__()
@@ -110,19 +109,16 @@ class ResidMLP(FeatureToy):
         self.register_buffer("W_E", F.normalize(torch.randn(n, d), dim=-1))
         self.mlp_in = nn.ModuleList(nn.Linear(d, d_mlp, bias=False) for _ in range(n_layer))
         self.mlp_out = nn.ModuleList(nn.Linear(d_mlp, d, bias=False) for _ in range(n_layer))
-        layers = range(n_layer)
-        self.importance = {f"mlp_in.{l}": ("identity", n) for l in layers} | {
-            f"mlp_out.{l}": ("dense", d_mlp) for l in layers
-        }
-
-    def label(self, x: Tensor) -> Tensor:
-        return x + F.relu(x)
+        self.dense = tuple(f"mlp_out.{l}" for l in range(n_layer))
 
     def forward(self, x: Tensor) -> Tensor:
-        r = x @ self.W_E  # [B, d]
+        h = x @ self.W_E  # [B, d]
         for mlp_in, mlp_out in zip(self.mlp_in, self.mlp_out):
-            r = r + mlp_out(F.relu(mlp_in(r)))
-        return r @ self.W_E.T
+            h = h + mlp_out(F.relu(mlp_in(h)))
+        return h @ self.W_E.T
+
+    def loss(self, x: Tensor) -> Tensor:
+        return F.mse_loss(self(x), x + F.relu(x))
 
     def canonical(self) -> dict[str, Pieces]:
         pieces = {}
@@ -138,47 +134,40 @@ class ResidMLP(FeatureToy):
 
 
 class PingPong(FeatureToy):
-    """Two groups of 8 circuits in one matrix W, nothing to train. y = relu(W x + G x - 1 where gated).
+    """Two groups of 8 circuits in one matrix W, nothing to train. y = relu(W x + G x - 1), the - 1 where gated.
 
-    Fan-in: inputs 0..7 each feed output 0. Fan-out: input 8 feeds outputs 1..8, each only while its gate, input 9..16, is
-    open; the gates act by the fixed G, outside of W. Any circuit is at work without the others, so the canonical pieces are the
-    16 single entries of W; but each group sums to a rank-one matrix, which one subcomponent could serve alone.
+    Fan-in: inputs 0..7 each feed output 0. Fan-out: input 8 feeds outputs 1..8, each only while its gate, input 9..16,
+    is open; the gates act by the fixed G, outside of W. Any circuit is at work without the others, so the canonical
+    pieces are the 16 single entries of W. But each group sums to a rank-one matrix, which one subcomponent could serve.
     """
 
     n = 17
-    importance = {"circuits": ("identity", 16)}
 
     def __init__(self) -> None:
         super().__init__()
         self.circuits = nn.Linear(17, 9, bias=False)
-        G = torch.zeros(9, 17)
-        with torch.no_grad():
-            self.circuits.weight.zero_()
-            self.circuits.weight[0, :8] = 1
-            self.circuits.weight[1:, 8] = 1
-        G[range(1, 9), range(9, 17)] = 1
-        self.register_buffer("G", G)
-        self.register_buffer("shut", torch.tensor([0.0] + [1.0] * 8))
+        U, V = self.canonical()["circuits"]
+        self.circuits.weight.data = U @ V.T
+        self.register_buffer("G", torch.zeros(9, 17))
+        self.G[range(1, 9), range(9, 17)] = 1
 
     def batch(self, B: int, generator: torch.Generator) -> Tensor:
-        x = sparse_features((B, 17), 0.05, 0.0, generator)
+        x = super().batch(B, generator)
         source = sparse_features((B, 1), 0.5, 0.0, generator)
-        gates = (torch.rand((B, 8), generator=generator, device=generator.device) < 0.1).float()
+        gates = (torch.rand((B, 8), generator=generator) < 0.1).float()
         return torch.cat((x[:, :8], source, gates), dim=-1)
 
     def probes(self) -> Tensor:
-        """One circuit a row: input k, or input 8 with gate k open; [16, 17]."""
-        probes = torch.zeros(16, 17)
-        probes[range(8), range(8)] = 0.75
-        probes[8:, 8] = 0.75
-        probes[range(8, 16), range(9, 17)] = 1.0
+        """One circuit a row: input k, or input 8 with the circuit's gate open; [16, 17]."""
+        probes = 0.75 * self.canonical()["circuits"][1].T
+        probes[range(8, 16), range(9, 17)] = 1
         return probes
 
     def active(self, x: Tensor) -> Tensor:
         return torch.cat((x[:, :8] != 0, (x[:, 8:9] != 0) & (x[:, 9:] != 0)), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.circuits(x) + x @ self.G.T - self.shut)
+        return F.relu(self.circuits(x) + x @ self.G.T - self.G.sum(1))
 
     def canonical(self) -> dict[str, Pieces]:
         U, V = torch.zeros(9, 16), torch.zeros(17, 16)
@@ -194,7 +183,7 @@ class PingPong(FeatureToy):
 
 
 class InductionLayer(nn.Module):
-    """One causal attention head without norm; a sinusoidal position code is added to q and k after their projections."""
+    """A causal attention head without norm; a sinusoidal position code is added to q and k after their projections."""
 
     def __init__(self, d: int, context: int) -> None:
         super().__init__()
@@ -211,7 +200,7 @@ class InductionLayer(nn.Module):
 
 
 class InductionHead(nn.Module):
-    """`BOS ... S m ... S`, predict m: 64 tokens, m and the filler uniform of 128, S only twice. Attention only, d = 16."""
+    """`BOS ... S m ... S`, predict the token m: 64 tokens, m and the filler uniform of 128, S only twice."""
 
     T, BOS, S, vocab_size = 64, 0, 129, 130
 
@@ -222,18 +211,17 @@ class InductionHead(nn.Module):
 
     def batch(self, B: int, generator: torch.Generator) -> Tensor:
         """Tokens [B, 64]."""
-        x = torch.randint(1, 129, (B, self.T), generator=generator, device=generator.device)
-        first = torch.randint(2, 62, (B, 1), generator=generator, device=generator.device)
-        x[:, 0] = self.BOS
-        x[:, -1] = self.S
+        x = torch.randint(1, 129, (B, self.T), generator=generator)
+        first = torch.randint(2, 62, (B, 1), generator=generator)
+        x[:, 0], x[:, -1] = self.BOS, self.S
         return x.scatter(1, first, self.S)
 
     def first(self, x: Tensor) -> Tensor:
-        """Position of the first S, [B]; m is behind it."""
+        """Position of the first S, [B]; the memory is behind it."""
         return (x == self.S).int().argmax(-1)
 
     def memory(self, x: Tensor) -> Tensor:
-        """m, the token to predict, [B]."""
+        """The token to predict, [B]."""
         return x.gather(1, self.first(x)[:, None] + 1)[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -259,8 +247,8 @@ class Toy:
     steps: int = 0
     B: int = 1024
     lr: float = 5e-3
-    cosine: bool = False  # to 0; else constant
-    warmup: int = 0  # steps
+    lr_warmup: float = 0.0  # share of the steps
+    lr_end: float = 1.0  # share of lr that its cosine ends at; 1: constant
 
 
 TOYS = {
@@ -268,25 +256,21 @@ TOYS = {
     "tms_5-2-id": Toy(lambda: TMS(5, 2, identity=True), 5000),
     "tms_40-10": Toy(lambda: TMS(40, 10, identity=False), 5000, B=2048),
     "tms_40-10-id": Toy(lambda: TMS(40, 10, identity=True), 5000, B=2048),
-    "resid_mlp1": Toy(lambda: ResidMLP(100, 1, 50), 1000, B=2048, lr=3e-3, cosine=True),
-    "resid_mlp2": Toy(lambda: ResidMLP(100, 2, 25), 1000, B=2048, lr=3e-3, cosine=True),
-    "resid_mlp3": Toy(lambda: ResidMLP(102, 3, 17), 10_000, B=2048, lr=3e-3, cosine=True),
+    "resid_mlp1": Toy(lambda: ResidMLP(100, 1, 50), 1000, B=2048, lr=3e-3, lr_end=0.0),
+    "resid_mlp2": Toy(lambda: ResidMLP(100, 2, 25), 1000, B=2048, lr=3e-3, lr_end=0.0),
+    "resid_mlp3": Toy(lambda: ResidMLP(102, 3, 17), 10_000, B=2048, lr=3e-3, lr_end=0.0),
     "ping_pong": Toy(PingPong),
-    "induction": Toy(InductionHead, 4000, B=256, lr=3e-3, warmup=1000),
+    "induction": Toy(InductionHead, 4000, B=256, lr=3e-3, lr_warmup=0.25),
 }
 
 
-def train(toy: Toy, seed: int, device: torch.device) -> nn.Module:
+def train(toy: Toy, seed: int) -> nn.Module:
     """The trained target: a function of the toy and the seed."""
     torch.manual_seed(seed)
-    target = toy.make().to(device)
-    generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in target.parameters() if p.requires_grad], lr=toy.lr, weight_decay=0.01)
-    for step in (bar := progress_bar(0, toy.steps, "target")):
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                toy.lr * min(1, (step + 1) / (toy.warmup + 1)) * (cosine(step, toy.steps, floor=0) if toy.cosine else 1)
-            )
+    target, generator = toy.make(), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([w for w in target.parameters() if w.requires_grad], lr=toy.lr, weight_decay=0.01)
+    for step in (bar := run.progress_bar(0, toy.steps, "target")):
+        optimizer.param_groups[0]["lr"] = toy.lr * cosine(step, toy.steps, toy.lr_warmup, toy.lr_end)
         loss = target.loss(target.batch(toy.B, generator))
         optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,715 @@
+"""run.py alone, without a method: flags, devices, files that are whole at every moment, checkpoints, Ctrl-C."""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.machinery
+import json
+import math
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import pytest
+import torch
+
+import decompose
+import distributed
+import run
+import train_target
+from run import UserError
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A. Flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    folder: str  # a positional argument
+    steps: int = 10
+    lr: float = 0.5
+    shard: bool = False
+    compile: bool | Literal["auto"] = "auto"
+    scale: Literal["", "tiny", "laptop"] = ""
+    betas: tuple[float, float] = (0.5, 0.9)
+    prompt: tuple[str, ...] = ()
+    C: str = "*=6"
+
+    def __post_init__(self):
+        run.require(self, "above 0", "steps", "lr")
+        if self.C == "bug":
+            raise ValueError("two shapes do not fit")
+
+
+def read(*args):
+    return run.read_flags(Config, "What it does.", ["somewhere", *args])
+
+
+@pytest.mark.parametrize(
+    "args, changed",
+    [
+        ("", {}),
+        ("--steps=3", dict(steps=3)),
+        ("--steps 3", dict(steps=3)),
+        ("--steps=3 --steps=4", dict(steps=4)),
+        ("--lr=1e-3", dict(lr=0.001)),
+        ("--shard=True", dict(shard=True)),
+        ("--shard=False", dict(shard=False)),
+        ("--shard False", dict(shard=False)),
+        ("--shard", dict(shard=True)),  # a lone flag, at the end
+        ("--shard --lr=1", dict(shard=True, lr=1.0)),  # and before another flag
+        ("--compile", dict(compile=True)),
+        ("--compile=auto", dict(compile="auto")),
+        ("--scale=tiny", dict(scale="tiny")),
+        ("--scale=", dict(scale="")),
+        ("--betas 0.1 0.2", dict(betas=(0.1, 0.2))),
+        ("--prompt=a --prompt=--b", dict(prompt=("a", "--b"))),
+        ("--C=*.q=3,*=4", dict(C="*.q=3,*=4")),
+    ],
+)
+def test_flags(args, changed):
+    assert read(*args.split()) == dataclasses.replace(Config("somewhere"), **changed)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--setps=3", "unknown flag '--setps=3': did you mean --steps?"),
+        ("--setps 3", "unknown flag '--setps': did you mean --steps?"),
+        ("--no-shard", "unknown flag '--no-shard': did you mean --shard?"),
+        ("--zzzzzzz=3", "unknown flag '--zzzzzzz=3'; --help lists the flags"),
+        ("elsewhere", "unknown flag 'elsewhere'; --help lists the flags"),
+        ("--steps=many", "--steps=many: must be a whole number"),
+        ("--steps many", "--steps=many: must be a whole number"),
+        ("--steps=2.5", "--steps=2.5: must be a whole number"),
+        ("--steps=1e3", "--steps=1e3: must be a whole number"),
+        ("--steps=", "--steps=: must be a whole number"),
+        ("--lr=fast", "--lr=fast: must be a number"),
+        ("--shard=maybe", "--shard=maybe: must be True or False"),
+        ("--shard=1", "--shard=1: must be True or False"),
+        ("--compile=maybe", "--compile=maybe: must be True or False or 'auto'"),
+        ("--scale=huge", "--scale=huge: must be '', 'tiny', 'laptop'"),
+        ("--steps", "--steps needs a value, as in --steps=..."),
+        ("--steps --lr=1", "--steps needs a value, as in --steps=..."),
+        ("--C", "--C needs a value, as in --C=..."),
+        (
+            "--lr=1 --steps=many",
+            "--steps=many: must be a whole number",
+        ),  # not the first flag, but the one that is wrong
+        # Of Config itself
+        ("--steps=0", "steps=0: must be above 0"),
+        ("--lr=nan", "lr=nan: must be above 0"),
+        ("--lr -1", "lr=-1.0: must be above 0"),
+    ],
+)
+def test_a_bad_flag_is_named_in_one_line(args, message):
+    with pytest.raises(UserError) as error:
+        read(*args.split())
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("value", ["1", "0.1,0.2", "a b"])
+def test_a_bad_list_of_numbers_is_not_said_to_need_text(value):
+    with pytest.raises(UserError, match=f"--betas={value.split()[0]}: must be .*number"):
+        read("--betas", *value.split())
+
+
+@pytest.fixture
+def as_a_file(monkeypatch):
+    """As in `python /some/where/tried.py`, and not in `python -m pytest`."""
+    monkeypatch.setattr(sys, "argv", ["/some/where/tried.py"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
+
+
+def test_a_missing_positional_argument(as_a_file):
+    with pytest.raises(UserError, match="^tried.py needs FOLDER; --help lists the flags$"):
+        run.read_flags(Config, None, [])
+
+
+@pytest.mark.parametrize("module, typed", [("studies.report", "-m studies.report"), ("toys.__main__", "-m toys")])
+def test_a_module_is_called_as_it_was_typed(monkeypatch, module, typed):
+    spec = importlib.machinery.ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec, raising=False)
+    monkeypatch.setattr(sys, "argv", ["/some/where/report.py", "out/a", "--prompt=two words"])
+    assert run.command() == f"{typed} out/a '--prompt=two words'"
+
+
+def test_a_bug_of_config_itself_is_no_fault_of_the_flags():
+    with pytest.raises(ValueError, match="two shapes do not fit") as error:
+        read("--C=bug")
+    assert not isinstance(error.value, UserError)
+
+
+def test_flags_go_on_top_of_a_scale():
+    config = run.read_flags(train_target.Config, None, ["--scale=tiny", "--T=8"])
+    assert (config.d_model, config.T, config.steps) == (16, 8, 40)
+
+
+def test_flags_go_on_top_of_defaults_that_are_found_out():
+    config = run.read_flags(Config, None, ["--steps=3"], lambda: Config("found", steps=7, lr=0.25))
+    assert config == Config("found", steps=3, lr=0.25)
+
+
+def test_help_lists_the_flags_and_ends_well(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "What it does." in printed
+    assert all(f"--{field.name}" in printed for field in dataclasses.fields(Config) if field.name != "folder")
+
+
+def script(monkeypatch, main, *args):
+    """`python tried.py somewhere *args` in this process."""
+    monkeypatch.setattr(sys, "argv", ["tried.py", "somewhere", *args])
+    run.run_script(main, Config, None)
+
+
+def test_main_gets_the_config(monkeypatch):
+    got = []
+    script(monkeypatch, got.append, "--steps=3")
+    assert got == [Config("somewhere", steps=3)]
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (UserError("T=9: too long\n   for this target"), "error: T=9: too long for this target"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x.txt"), "error: [Errno 2] No such file: 'x.txt'"),
+        (PermissionError(errno.EACCES, "Permission denied", "x.txt"), "error: [Errno 13] Permission denied: 'x.txt'"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: [Errno 28] No space left on device"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of GPU memory, try a smaller B, T or C (CUDA out"),
+        (KeyboardInterrupt(), "interrupted: what was saved before is whole"),
+    ],
+)
+def test_what_the_user_can_mend_ends_in_one_line(monkeypatch, error, line):
+    def main(config):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        script(monkeypatch, main)
+    assert line in stop.value.code and len(stop.value.code.splitlines()) == 1
+
+
+def shape_bug():
+    torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def unpacking_bug():
+    a, b = 1, 2, 3  # noqa: F841
+
+
+def socket_bug():
+    raise OSError("broken pipe between two of our own processes")
+
+
+@pytest.mark.parametrize("bug, kind", [(shape_bug, RuntimeError), (unpacking_bug, ValueError), (socket_bug, OSError)])
+def test_a_bug_keeps_its_traceback(monkeypatch, bug, kind):
+    with pytest.raises(kind) as error:
+        script(monkeypatch, lambda config: bug())
+    assert error.traceback[-1].name == bug.__name__
+
+
+def test_no_colours_and_no_boxes_on_a_terminal(as_a_file):
+    """One child on a pseudo-terminal: four bad command lines, four lines."""
+    pty = pytest.importorskip("pty")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            os.environ |= {"TERM": "xterm-256color", "FORCE_COLOR": "1"}
+            sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+            for args in (["f", "--steps=many"], ["f", "--setps=3"], ["f", "--lr=nan"], []):
+                sys.argv = ["tried.py", *args]
+                try:
+                    run.run_script(lambda config: print("ran"), Config, "What it does.")
+                except SystemExit as stop:
+                    print(stop.code)
+        os._exit(0)
+    printed = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while part := os.read(terminal, 10_000):
+            printed += part
+    os.waitpid(pid, 0)
+    assert printed.decode().splitlines() == [
+        "error: --steps=many: must be a whole number",
+        "error: unknown flag '--setps=3': did you mean --steps?",
+        "error: lr=nan: must be above 0",
+        "error: tried.py needs FOLDER; --help lists the flags",
+    ]
+
+
+def test_counts_of_patterns():
+    assert run.parse_counts("C", "*.q=64, *.k = 32,*=5") == {"*.q": 64, "*.k": 32, "*": 5}
+    for text, message in [
+        ("12", "C='12': '12' is not PATTERN=COUNT, as in '[*].q=64,[*].up=248'"),
+        ("", "'' is not PATTERN=COUNT"),
+        ("*.q=64,", "'' is not PATTERN=COUNT"),
+        ("*.q=many", "'[*].q=many' is not PATTERN=COUNT"),
+        ("*.q=2.5", "'[*].q=2.5' is not PATTERN=COUNT"),
+        ("*.q=64,*.q=65", "gives '[*].q' two counts"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run.parse_counts("C", text)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2**63, -1, 0])
+def test_require(value):
+    config = SimpleNamespace(lr=value, B=1)
+    with pytest.raises(UserError, match=f"^lr={value}: must be above 0"):
+        run.require(config, "above 0", "B", "lr")
+    with pytest.raises(UserError, match="0 or above") if value != 0 else contextlib.nullcontext():
+        run.require(config, "0 or above", "B", "lr")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B. Device
+
+
+def test_devices():
+    assert run.pick_device("cpu") == CPU
+    assert run.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("abacus", "", "cuda:99", "meta"):
+        with pytest.raises(UserError, match=f"^device={name}: cannot be used here"):
+            run.pick_device(name)
+
+
+def test_a_cpu_computes_in_fp32():
+    with run.autocast(CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert not run.bf16(CPU)
+
+
+def test_processes_share_a_batch(monkeypatch):
+    assert run.check_processes(3, False) == 1
+    with pytest.raises(UserError, match="shard=True: one process"):
+        run.check_processes(4, True)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    assert run.check_processes(4, True) == 2
+    with pytest.raises(UserError, match="B=3: must be a multiple of the 2 processes"):
+        run.check_processes(3, False)
+
+
+LONG = 10**6
+
+
+def test_compile_where_no_compiler_works(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert run.wants_compile("auto", CPU, LONG) is False
+    printed = capsys.readouterr().out
+    assert printed == "compile: no working compiler (no compiler here): running eagerly, slower but the same\n"
+    with pytest.raises(UserError, match=r"^compile=True: no working compiler here \(no compiler here\)$"):
+        run.wants_compile(True, CPU, LONG)
+
+
+def test_compile_where_a_compiler_says_nothing(monkeypatch, capsys):
+    def silent(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "compile", silent)
+    assert run.wants_compile("auto", CPU, LONG) is False
+    assert "(AssertionError)" in capsys.readouterr().out
+
+
+def test_compile_where_it_works(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    assert run.wants_compile("auto", CPU, LONG) is True and run.wants_compile(True, CPU, 1) is True
+    assert capsys.readouterr().out == 2 * "compile: on, the first step takes a minute or two\n"
+    assert run.wants_compile("auto", CPU, 10) is False
+    assert "takes longer than it saves" in capsys.readouterr().out.replace("would take", "takes")
+    assert run.wants_compile(False, CPU, LONG) is False and capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C. The folder
+
+
+def test_a_power_cut_before_the_rename_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    """The new bytes are settled on the disk before they get the name, and the name after it."""
+    events = []
+    real_replace, real_fsync = os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), real_replace(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("settle"), real_fsync(handle)))
+    run.save(tmp_path / "checkpoint.pt", "target", {"value": 1})
+    assert events == ["settle", "rename", "settle"]
+
+    def power_cut(a, b):
+        raise SystemError("dark")
+
+    monkeypatch.setattr(os, "replace", power_cut)
+    with pytest.raises(SystemError):
+        run.save(tmp_path / "checkpoint.pt", "target", {"value": 2})
+    assert run.load_checkpoint(tmp_path / "checkpoint.pt", "target")["value"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_an_error_while_writing_leaves_the_old_file_whole(tmp_path):
+    run.write_text(tmp_path / "a.txt", "old: é")
+    with pytest.raises(ZeroDivisionError), run.written(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half of the n")
+        1 / 0
+    assert (tmp_path / "a.txt").read_bytes() == "old: é".encode()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_files_are_written_where_a_folder_cannot_be_opened(tmp_path, monkeypatch):
+    """As on Windows. A file that cannot be opened is another matter."""
+    real_open = os.open
+
+    def open_file(path, flags, *args, **kwargs):
+        if Path(path).is_dir() or Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_open(path, flags, *args, **kwargs)
+
+    (tmp_path / "locked").write_text("")
+    monkeypatch.setattr(os, "open", open_file)
+    run.write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    run.settle(tmp_path)
+    with pytest.raises(PermissionError):
+        run.settle(tmp_path / "locked")
+
+
+def test_a_settled_file_leaves_no_handle_open(tmp_path, monkeypatch):
+    closed = []
+    real_close = os.close
+    monkeypatch.setattr(os, "close", lambda handle: (closed.append(handle), real_close(handle)))
+
+    def broken(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        run.settle(tmp_path)
+    assert len(closed) == 1
+
+
+def test_new_folder_by_default_is_the_first_free_number(tmp_path):
+    usual = tmp_path / "out" / "vpd"
+    assert run.new_folder("", usual) == usual
+    for taken, free in [("vpd", "vpd-2"), ("vpd-2", "vpd-3"), ("vpd-4", "vpd-3"), ("vpd-3", "vpd-5")]:
+        (tmp_path / "out" / taken).mkdir(parents=True)
+        assert run.new_folder("", usual) == tmp_path / "out" / free
+    assert len([*tmp_path.rglob("*")]) == 5  # nothing was made but by this test
+
+
+def test_a_folder_that_is_named_must_be_empty_or_not_there(tmp_path):
+    out = tmp_path / "mine"
+    assert run.new_folder(str(out)) == out
+    out.mkdir()
+    assert run.new_folder(str(out)) == out
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError) as error:
+        run.new_folder(str(out))
+    assert str(error.value) == f"out={out} is not an empty folder: give another one"
+    with pytest.raises(UserError, match="notes.txt is not an empty folder"):
+        run.new_folder(str(out / "notes.txt"))
+
+
+@pytest.mark.parametrize(
+    "files, resumable",
+    [
+        (["config.json"], True),  # it ended before its first save
+        (["config.json", "state.pt"], True),  # a target in training
+        (["config.json", "state.pt", "checkpoint.pt"], True),  # a decomposition, of which --steps can make more
+        (["config.json", "checkpoint.pt"], False),  # a target that is finished
+        (["state.pt"], False),  # no run of ours
+    ],
+)
+def test_a_taken_folder_is_offered_to_go_on_with_if_it_is_unfinished(tmp_path, files, resumable):
+    for name in files:
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError) as error:
+        run.new_folder(str(tmp_path))
+    offer = f", or go on with --resume={tmp_path}" if resumable else ""
+    assert str(error.value) == f"out={tmp_path} is not an empty folder: give another one{offer}"
+
+
+def test_config_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/train_target.py", "--C=*.q=3", "two words"])
+    run.write_config(tmp_path / "a" / "b", train_target.Config(lr=0.5), CPU)
+    about = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
+    assert about["lr"] == 0.5 and about["adam_betas"] == [0.9, 0.95]
+    assert about["command"].endswith("'--C=*.q=3' 'two words'")
+    assert about["versions"]["torch"] == torch.__version__ and "CPU" in about["hardware"]
+    assert len(about["commit"]) in (0, 40)
+
+
+def test_config_json_where_there_is_no_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run.write_config(tmp_path, train_target.Config(), CPU)
+    assert json.loads((tmp_path / "config.json").read_text())["commit"] == ""
+
+
+def test_a_log_is_read_back(tmp_path):
+    with run.Log(tmp_path, 0) as log:
+        for step in range(3):
+            log({"step": step, "total": 1 / (step + 1)})
+            assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step + 1  # at once
+    rows = [{"step": 0, "total": 1.0}, {"step": 1, "total": 0.5}, {"step": 2, "total": 1 / 3}]
+    assert run.read_log(tmp_path) == rows
+    assert run.read_log(tmp_path, 2) == rows[:2]
+
+
+def test_a_resumed_log_drops_later_rows_and_a_torn_line(tmp_path):
+    """Rows that no checkpoint knows of are computed again; a short evaluation of the same step goes with them."""
+    rows = [{"step": 0}, {"step": 4}, {"step": 4, "val_l0": 1.0}, {"step": 5}, {"step": 9}, {"step": 9, "val_l0": 2.0}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 10, "tot' + 20 * "\0")  # as a power cut leaves it
+    assert run.read_log(tmp_path) == rows
+    log = run.Log(tmp_path, 5)
+    assert run.read_log(tmp_path) == rows[:3]
+    log({"step": 5, "total": 1.0})
+    assert run.read_log(tmp_path) == [*rows[:3], {"step": 5, "total": 1.0}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_only_the_first_process_writes_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    run.Log(tmp_path, 0)({"step": 0})
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_log_is_mirrored(tmp_path, monkeypatch):
+    """To a stand-in of wandb."""
+    sent, begun = [], {}
+    mirror = SimpleNamespace(log=lambda row, step: sent.append((step, row)), finish=lambda: sent.append("finished"))
+    spec = importlib.machinery.ModuleSpec("wandb", None)
+    stand_in = SimpleNamespace(init=lambda **about: begun.update(about) or mirror, __spec__=spec)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    run.check_wandb("vpd")
+    config = dataclasses.make_dataclass("Config", ["wandb", "lr"])("vpd", 0.5)
+    with pytest.raises(ZeroDivisionError), run.Log(tmp_path / "..", 0, config) as log:
+        log({"step": 0, "total": 1.0})
+        log({"step": 7, "total": 0.5})
+        1 / 0  # it is finished all the same
+    assert sent == [(0, {"step": 0, "total": 1.0}), (7, {"step": 7, "total": 0.5}), "finished"]
+    assert begun["project"] == "vpd" and begun["config"] == {"wandb": "vpd", "lr": 0.5}
+
+
+def test_without_wandb_one_line_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run.check_wandb("")
+    with pytest.raises(UserError, match="wandb=vpd: wandb is not installed; metrics.jsonl has the same numbers"):
+        run.check_wandb("vpd")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# D. Checkpoints
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.parent.mkdir()
+    run.save(path, "target", {"model": {"W": torch.arange(3.0)}, "lr": 0.5, "betas": (1, 2), "curve": [[1, 2.0]]})
+    return path
+
+
+def test_a_checkpoint_is_read_back(saved):
+    checkpoint = run.load_checkpoint(saved, "target")
+    assert torch.equal(checkpoint.pop("model")["W"], torch.arange(3.0))
+    assert checkpoint == {"kind": "target", "format": run.FORMAT, "lr": 0.5, "betas": (1, 2), "curve": [[1, 2.0]]}
+
+
+def refusal(path, kind="target"):
+    with pytest.raises(UserError) as error:
+        run.load_checkpoint(path, kind)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def test_a_checkpoint_that_is_not_there(saved):
+    assert refusal(saved.parent.parent / "nowhere/checkpoint.pt").endswith("nowhere' does not exist")
+    assert refusal(saved / "checkpoint.pt").endswith("checkpoint.pt' does not exist")  # a file is no folder
+    assert refusal(saved.parent / "state.pt") == f"run folder {str(saved.parent)!r} holds no state.pt"
+
+
+def test_a_checkpoint_of_another_kind(saved):
+    message = f"{saved} is a checkpoint of kind 'target', not 'decomposition'"
+    assert refusal(saved, "decomposition") == message
+    torch.save(torch.ones(3), saved)
+    assert refusal(saved) == f"{saved} is a checkpoint of kind None, not 'target'"
+
+
+@pytest.mark.parametrize(
+    "number, advice", [(-1, "an older version of this code: make it anew"), (1, "a newer version")]
+)
+def test_a_checkpoint_of_another_format(saved, monkeypatch, number, advice):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "FORMAT", run.FORMAT + number)
+        run.save(saved, "target", {})
+    assert f"{saved} has format {run.FORMAT + number}, not {run.FORMAT}: it is of {advice}" in refusal(saved)
+
+
+def test_a_checkpoint_from_before_there_was_a_format_is_an_older_one(saved):
+    torch.save({"kind": "target", "model": {}}, saved)
+    assert "has format 0" in refusal(saved) and "an older version of this code" in refusal(saved)
+
+
+class Foreign:
+    pass
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -100, -1])
+def test_a_checkpoint_that_is_cut_off(saved, size):
+    saved.write_bytes(saved.read_bytes()[:size])
+    assert refusal(saved).startswith(f"{saved} is not a whole checkpoint (")
+
+
+@pytest.mark.parametrize("content", [b"\n\n\n", b"some text", b"\x80\x04garbage", bytes(1000)])
+def test_a_file_that_is_no_checkpoint(saved, content):
+    saved.write_bytes(content)
+    assert refusal(saved).startswith(f"{saved} is not a whole checkpoint (")
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(saved):
+    torch.save({"kind": "target", "format": run.FORMAT, "model": Foreign()}, saved)
+    assert refusal(saved).startswith(f"{saved} is not a whole checkpoint (")
+
+
+def test_a_full_disk_keeps_the_earlier_file_and_claims_none_that_is_not_there(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full(checkpoint, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file\nand a long trace")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError) as error:
+        run.save(saved, "target", {})
+    why = "(PytorchStreamWriter failed writing file)"
+    assert str(error.value) == f"cannot save {saved} {why}; an earlier checkpoint.pt there is still whole"
+    assert saved.read_bytes() == before
+    with pytest.raises(UserError) as error:
+        run.save(saved.parent / "state.pt", "target", {})
+    assert str(error.value) == f"cannot save {saved.parent / 'state.pt'} {why}"
+    assert [path.name for path in saved.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_folder_that_is_gone_is_one_line(saved):
+    with pytest.raises(UserError, match="cannot save"):
+        run.save(saved.parent / "gone" / "state.pt", "target", {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    lr: float = 0.5
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    steps: int = 8
+    device: str = "auto"
+    resume: str = "out/a"
+
+
+def test_settings_of_the_last_save_go_before_those_of_config_json(tmp_path):
+    run.write_config(tmp_path, Resumed(lr=0.1, steps=9), CPU)
+    kind = "target in training"
+    config = run.resumed_settings(tmp_path, kind, Resumed)
+    assert config == Resumed(lr=0.1, steps=9, resume=str(tmp_path)) and isinstance(config.adam_betas, tuple)
+    run.save(tmp_path / "state.pt", kind, {"config": dataclasses.asdict(Resumed(lr=0.2))})
+    assert run.resumed_settings(tmp_path, kind, Resumed) == Resumed(lr=0.2, resume=str(tmp_path))
+
+
+def test_settings_of_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="holds no state.pt"):
+        run.resumed_settings(tmp_path, "target in training", Resumed)
+    with pytest.raises(UserError, match="does not exist"):
+        run.resumed_settings(tmp_path / "nowhere", "target in training", Resumed)
+    run.save(tmp_path / "state.pt", "decomposition in training", {"config": {}})
+    with pytest.raises(UserError, match="of kind 'decomposition in training', not 'target in training'"):
+        run.resumed_settings(tmp_path, "target in training", Resumed)
+
+
+@pytest.mark.parametrize("begun, other", [(train_target, decompose), (decompose, train_target)])
+def test_a_run_of_the_other_script_that_ended_before_its_first_save_is_refused(tmp_path, begun, other):
+    run.write_config(tmp_path, begun.Config(), CPU)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        other.Config(resume=str(tmp_path)).defaults()
+
+
+def test_settings_that_may_change_and_those_that_may_not():
+    may_change = ("steps", "device")
+    run.check_unchanged(Resumed(), Resumed(), may_change)
+    run.check_unchanged(Resumed(steps=9, device="cpu"), Resumed(), may_change)
+    for changed, message in [
+        (dict(lr=0.1), "lr=0.1: the run in out/a has lr=0.5, and on resuming only steps, device may change"),
+        (dict(adam_betas=(0.5, 0.5)), r"adam_betas=\(0.5, 0.5\): the run in out/a has adam_betas=\(0.9, 0.95\)"),
+    ]:
+        with pytest.raises(UserError, match="^" + message):
+            run.check_unchanged(Resumed(steps=9, **changed), Resumed(), may_change)
+
+
+STATE = {"device": "cpu", "tokens": "f00", "step": 4, "config": {"steps": 8}}
+
+
+def test_a_run_that_can_go_on(capsys):
+    run.check_resumable(Resumed(), STATE, "f00", CPU)
+    assert capsys.readouterr().out == ""
+    run.check_resumable(Resumed(steps=4), STATE, "f00", CPU)
+    run.check_resumable(Resumed(steps=2000), STATE | {"processes": 1}, "f00", CPU)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[2].partition(":")[0] for line in printed] == [" 4 steps, not 8", " 2,000 steps, not 8"]
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({"device": "cuda"}, "resume=out/a: that run was on cuda, and its numbers cannot go on on cpu"),
+        ({"tokens": "f01"}, "resume=out/a: the tokens of its text are not those of that run: the text has changed"),
+        ({"processes": 2}, "resume=out/a: that run had 2 processes, and its random numbers cannot go on in 1"),
+        ({"step": 9, "config": {"steps": 20}}, "steps=8: the run in out/a has done 9 already"),
+    ],
+)
+def test_a_run_that_cannot_go_on(state, message):
+    with pytest.raises(UserError) as error:
+        run.check_resumable(Resumed(), STATE | state, "f00", CPU)
+    assert str(error.value) == message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# E. The loop
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_only_sets_a_flag(number):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with run.interruptible() as interrupted:
+        assert interrupted() is False
+        signal.raise_signal(number)
+        assert interrupted() is True
+        signal.raise_signal(signal.SIGTERM)  # as a queue does again and again
+        assert interrupted() is True
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_a_second_ctrl_c_raises_and_the_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), run.interruptible():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_non_finite_numbers_are_refused():
+    weights = [torch.ones(3), torch.ones(2)]
+    run.refuse_non_finite({"step": 4, "total": 1.0}, weights, "0.5")
+    with pytest.raises(UserError, match="the stochastic loss is nan at step 4: try a smaller lr than 0.5"):
+        run.refuse_non_finite({"step": 4, "total": 1.0, "stochastic": math.nan}, weights, "0.5")
+    with pytest.raises(UserError, match="the total loss is inf at step 4"):
+        run.refuse_non_finite({"step": 4, "total": math.inf}, weights, "0.5")
+    weights[1][0] = math.nan
+    with pytest.raises(UserError, match="is not finite at step 4"):
+        run.refuse_non_finite({"step": 4, "total": 1.0}, weights, "0.5")
+
+
+def test_the_bar_counts_the_steps_that_are_left(capsys):
+    bar = run.progress_bar(3, 8, "decompose")
+    assert list(bar) == [3, 4, 5, 6, 7] and bar.total == 8
