@@ -186,21 +186,21 @@ class VPD:
                 self.adversary.update = run.compiled(losses.adam_ascent)
 
     def importances(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f(x | W), without a gradient; the causal importance logits z and importances g, [B, T, C] in fp32."""
+        """f(x | W), without a gradient; causal importances g = g_lower and g_upper, [B, T, C] in fp32."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             target_output, inputs = self.decomposition.target_pass(x)
             z = self.ci_fn(inputs).float()
-        return target_output, z, lower_leaky(z, self.config.leak)
+        return target_output, lower_leaky(z, self.config.leak), upper_leaky(z, self.config.leak)
 
     def reconstruction(self, x, target_output, g, r, routing=None, frozen=False) -> Tensor:
         """losses.reconstruction, with this divergence and in the precision of this device."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return losses.reconstruction(self.decomposition, x, target_output, g, r, routing, self.divergence, frozen)
 
-    def penalties(self, z: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def penalties(self, g_upper: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both minimalities, of the whole batch of all processes, and faithfulness; in fp32."""
-        n = distributed.world() * z[..., 0].numel()
-        s = distributed.batch_sum(losses.power_sums(upper_leaky(z, self.config.leak), p))
+        n = distributed.world() * g_upper[..., 0].numel()
+        s = distributed.batch_sum(losses.power_sums(g_upper, p))
         minimality = losses.importance_minimality(s, n), losses.frequency_minimality(s, n)
         return *minimality, losses.faithfulness(self.decomposition)
 
@@ -230,7 +230,7 @@ class VPD:
         p, adv_lr = self.schedule()
         # -------------------------------------------------------------------------------------------------------------
         self.optimizer.zero_grad()
-        target_output, z, g = self.importances(x)
+        target_output, g, g_upper = self.importances(x)
         leaf = g.detach().requires_grad_()  # gathers dL/dg of both reconstructions, so that Gamma has one backward pass
         shape, L = (c.S, *g.shape[:-1]), self.decomposition.L
 
@@ -246,7 +246,7 @@ class VPD:
             row["adversarial"] = self.reconstruction(x, target_output, leaf, r, routing)
             (c.beta_adv * row["adversarial"]).backward()  # U, V and Gamma descend,
             self.adversary.ascend(r.grad / c.beta_adv, adv_lr)  # and r ascends on the same pass
-            del r  # its gradient is as large as g
+            del r  # and with it its gradient
 
         if c.beta_stoch > 0:
             r = losses.sample_sources((*shape, g.shape[-1] + L), self.generator)
@@ -255,7 +255,7 @@ class VPD:
             (c.beta_stoch * row["stochastic"]).backward()
             del r
 
-        row["importance"], row["frequency"], row["faithfulness"] = self.penalties(z, p)
+        row["importance"], row["frequency"], row["faithfulness"] = self.penalties(g_upper, p)
         penalties = c.beta_imp * row["importance"] + c.beta_freq * row["frequency"] + c.beta_delta * row["faithfulness"]
         (penalties + (g * leaf.grad).sum()).backward()  # the last term gives g the gradient that leaf has gathered
 

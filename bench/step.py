@@ -106,8 +106,8 @@ def matmul(device: torch.device) -> tuple[Callable[[], object], float]:
 def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
     """The parts of a step by themselves, each with its backward pass; together about a step."""
     c, f, adversary, (p, adv_lr) = vpd.config, vpd.decomposition, vpd.adversary, vpd.schedule()
-    target_output, z, g = (t.detach() for t in vpd.importances(x))
-    leaf, z = g.clone().requires_grad_(), z.requires_grad_()
+    target_output, g, g_upper = (t.detach() for t in vpd.importances(x))
+    leaf, g_upper = g.clone().requires_grad_(), g_upper.requires_grad_()
     routing = losses.sample_routing((c.S, *x.shape), f.L, vpd.generator)
     r_stoch, grad_r = torch.rand_like(adversary.r), torch.rand_like(adversary.r)
 
@@ -130,7 +130,7 @@ def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
         "target and Gamma": lambda: torch.autograd.backward(vpd.importances(x)[1:], [torch.ones_like(g)] * 2),
         f"{c.n_adv - 1} inner ascents": inner,
         "two reconstructions": reconstructions,
-        "penalties": lambda: sum(vpd.penalties(z, p)).backward(),
+        "penalties": lambda: sum(vpd.penalties(g_upper, p)).backward(),
         "updates": updates,
     }
 

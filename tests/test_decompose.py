@@ -183,7 +183,7 @@ def test_sources_and_parameters_both_move_and_the_target_does_not(home):
 def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_alone(home):
     """With n_adv = 1 the only ascent is the one that shares the backward pass: repeat it by hand."""
     vpd, x = tiny_vpd(home, n_adv=1)
-    target_output, _, g = (t.detach() for t in vpd.importances(x))
+    target_output, g, _ = (t.detach() for t in vpd.importances(x))
     r = vpd.adversary.r.clone().requires_grad_()
     (grad_r,) = torch.autograd.grad(
         losses.reconstruction(vpd.decomposition, x, target_output, g, r, None, vpd.divergence), r

@@ -454,7 +454,7 @@ def test_nothing_written_by_hand_is_lost(case, reported, tmp_path, monkeypatch):
 
 @pytest.fixture
 def in_home(home, whole):
-    """Beside `whole`: `bare-run`, a run that is its checkpoint alone, `dead-run`, one whose every z is below 0, and labels."""
+    """Beside `whole`: `bare-run`, its checkpoint alone, `dead-run`, whose every z is below 0, and labels."""
     if not (home / "dead-run").exists():
         checkpoint = torch.load(whole / "checkpoint.pt", weights_only=True)
         for folder in ("bare-run", "dead-run"):

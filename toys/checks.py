@@ -123,7 +123,7 @@ def n_shared(g: Tensor) -> int:
 @torch.no_grad()
 def importances(vpd: VPD, x: Tensor) -> Tensor:
     """g [B, (T,) C] on inputs x."""
-    return vpd.importances(x)[2]
+    return vpd.importances(x)[1]
 
 
 @dataclass(frozen=True)
