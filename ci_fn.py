@@ -1,7 +1,7 @@
 """Causal importance function Gamma: how important is each subcomponent at each position? (paper, "Training a causal
 importance function")
 
-  A. two leaky hard sigmoids   one forward value, two gradients: `lower_leaky` builds masks, `upper_leaky` is penalised
+  A. two leaky hard sigmoids   `lower_leaky` builds masks, `upper_leaky` is penalised: equal in [0, 1], two gradients
   B. CITransformer             one shared bidirectional transformer over the inputs of all decomposed matrices
 
 Gamma sees the *unmasked* target's activations, without gradient, and gives one logit z per subcomponent and position;

@@ -40,11 +40,6 @@ from train_target import Scale, cosine
 # A. Settings
 
 
-# The logged losses and their coefficients, in the order of the paper's sum
-BETAS = {"adversarial": "beta_adv", "stochastic": "beta_stoch", "importance": "beta_imp", "frequency": "beta_freq"}
-BETAS |= {"faithfulness": "beta_delta"}
-
-
 @dataclass(frozen=True)
 class Method:
     """What the method itself has to be told, whatever it decomposes: decompose.py and the toys share it."""
@@ -129,7 +124,7 @@ class Config(Method):
 
 
 # What differs from the settings above. `published` is the paper's 4-layer run; `gpu` is the authors' 2-layer
-# configuration, with the published value where that is silent, and heads and MLP of Gamma in the published proportions.
+# configuration, with the published value where that is silent; blocks, heads and MLP of its Gamma are ours.
 PUBLISHED = dict(
     beta_adv=0.5, beta_stoch=0.5, beta_imp=2e-4, beta_freq=1e-4, beta_delta=1e7, n_adv=3, adv_lr=0.01,
     steps=400_000, B=64, T=512, lr=5e-5, lr_warmup=0.0, lr_end=0.1, clip=0.01, faith_steps=400, faith_lr=1e-3,
@@ -225,7 +220,7 @@ class VPD:
         return torch.full((), p, device=self.device), c.adv_lr * warm
 
     def train_step(self, x: Tensor) -> dict[str, Tensor]:
-        """One step on this process's rows x [B, T, ...] of a batch; the whole batch's losses, unweighted, l0 and p."""
+        """One step on this process's rows x [B, T, ...]. Returns the batch's losses, unweighted; their total, l0 and p."""
         c, row = self.config, {}
         p, adv_lr = self.schedule()
         # -------------------------------------------------------------------------------------------------------------
@@ -265,7 +260,7 @@ class VPD:
         # -------------------------------------------------------------------------------------------------------------
         self.step += 1
         row = {name: loss.detach() for name, loss in row.items()}
-        row["total"] = sum(getattr(c, BETAS[name]) * loss for name, loss in row.items())
+        row["total"] = sum(getattr(c, losses.BETAS[name]) * loss for name, loss in row.items())
         row["l0"] = (g.detach() > 0).sum(-1).float().mean()
         return dict(zip(row, distributed.mean(torch.stack([*row.values()])))) | {"p": p}
 

@@ -3,7 +3,7 @@ step that one process would take on all of them.
 
     torchrun --standalone --nproc_per_node=2 decompose.py      # NCCL between GPUs, gloo between CPUs
 
-Nothing here knows the method. In a process on its own, without torchrun, every function but `shard` does nothing.
+Nothing here knows the method. In a process on its own, without torchrun, every function but `shard` changes nothing.
 """
 
 import contextlib

@@ -30,7 +30,7 @@ import data
 import run
 from bench import cost
 from ci_fn import CITransformer, lower_leaky
-from losses import HiddenKL, faithfulness, kl_divergence, mask, reconstruction, sample_sources
+from losses import BETAS, HiddenKL, faithfulness, kl_divergence, mask, reconstruction, sample_sources
 from model import Decomposition
 from run import UserError
 from train_target import build_target, check_vocabulary, generate, next_token_ce
@@ -47,7 +47,7 @@ class Config:
     run: str  # run folder of decompose.py
     data_dir: str = ""  # where token files are kept; default as in the run
     windows: int = 64  # validation sequences
-    batch: int = 0  # sequences at a time, 0: as many as memory allows; changes no number
+    batch: int = 0  # sequences at a time, 0: as many as memory allows; changes no number but by rounding
     adv_steps: str = "20,80"  # steps of the adversary, whose sources all windows share; published: 20 to 320
     against: str = ""  # run folder of an evaluated run, to draw beside this one in figures/ablations.png
     seed: int = 0
@@ -253,18 +253,23 @@ def of_windows(opened: Run, windows: Tensor, at_a_time: int = 0) -> tuple[list[B
 
 
 def short(decomposition: Decomposition, ci_fn: nn.Module, corpus: data.Corpus, config, n: int = 8) -> dict[str, float]:
-    """A run in training, on n fixed windows: L0, live, KL stochastic, rounded (g > 0), adversarial (20 steps)."""
+    """A run in training, on n fixed windows: L0, live, KL stochastic, rounded (g > 0), adversarial (20 steps).
+
+    A window at a time, and in the precision of the training, as memory is short there and a sharded Gamma is in bf16.
+    """
     opened = Run(Path(), asdict(config), {}, decomposition, ci_fn)
     generator = torch.Generator(opened.device).manual_seed(0)
-    batches, _ = of_windows(opened, validation_windows(corpus, n, config.T, 0), n)
-    ((x, target_hidden, g),) = batches
-    mean_g, l0 = mean_importances([g])
-    row = {"val_l0": l0.sum().item(), "val_live": int((mean_g > ALIVE).sum())}
-    for name, mode in (("stochastic", "stochastic"), ("rounded", "rounded_0.0")):
-        with torch.no_grad():
-            masked = decomposition(x, masks(mode, g, decomposition.L, generator))
-            row[f"val_kl_{name}"] = opened.kl(target_hidden, masked).item()
-    return row | {"val_kl_adversarial": adversarial_sources(decomposition, batches, 20, generator, opened.kl)[1]}
+    with run.autocast(opened.device):
+        batches, _ = of_windows(opened, validation_windows(corpus, n, config.T, 0), 1)
+        mean_g, l0 = mean_importances([g for _, _, g in batches])
+        row = {"val_l0": l0.sum().item(), "val_live": int((mean_g > ALIVE).sum())}
+        for name, mode in (("stochastic", "stochastic"), ("rounded", "rounded_0.0")):
+            with torch.no_grad():
+                masked = [decomposition(x, masks(mode, g, decomposition.L, generator)) for x, _, g in batches]
+                kl = [opened.kl(target_hidden, hidden) for (_, target_hidden, _), hidden in zip(batches, masked)]
+            row[f"val_kl_{name}"] = sum(kl).item() / n
+        row["val_kl_adversarial"] = adversarial_sources(decomposition, batches, 20, generator, opened.kl)[1]
+    return row
 
 
 def evaluate(opened: Run, corpus: data.Corpus, config: Config) -> tuple[dict, dict[str, np.ndarray]]:
@@ -430,7 +435,7 @@ def plot_losses(rows: list[dict], betas: dict[str, float], path: Path) -> None:
     for name, beta in (betas | {"total": 1.0}).items():
         if name in rows[0]:
             label = name if name == "total" else f"{beta:g} × {name}"
-            ax.plot(steps, [beta * row[name] for row in rows], color=COLOURS[name], lw=1.2, label=label)
+            ax.plot(steps, [beta * row[name] for row in rows], color=COLOURS.get(name), lw=1.2, label=label)
     ax.set(xlabel="step", ylabel="loss × coefficient", yscale="log", title="Losses")
     ax.set_ylim(top=8 * ax.get_ylim()[1])  # room for the legend
     ax.legend(fontsize=8, loc="upper right", ncols=2)
@@ -493,7 +498,8 @@ def plot_ablations(runs: dict[str, dict], path: Path) -> None:
         ax_r.plot(metrics["constant_r"]["r"], metrics["constant_r"]["ce"], "o-", color=colour, label=label)
     ax_kl.set(xscale="log", yscale="log", xlabel="sign-ascent steps of the adversary")
     ax_kl.set(ylabel="KL(target ‖ masked), nats a token", title="Sources chosen by an adversary")
-    ax_kl.set_xticks(steps, map(str, steps))
+    ticks = sorted({n for metrics in runs.values() for n in metrics["adv_steps"]})
+    ax_kl.set_xticks(ticks, map(str, ticks))
     ax_kl.set_xticks([], minor=True)
     ax_kl.set_ylim(top=2 * ax_kl.get_ylim()[1])  # room for the legend
     ax_r.axhline(metrics["ce"]["target"], color="#7f7f7f", lw=1, ls="--", label="target")
@@ -541,8 +547,7 @@ def report(opened: Run, corpus: data.Corpus, config: Config) -> dict:
     print(table(metrics, opened.decomposition.C))
 
     figures, c = opened.folder / "figures", opened.config
-    betas = {"adversarial": c["beta_adv"], "stochastic": c["beta_stoch"], "importance": c["beta_imp"]}
-    betas |= {"frequency": c["beta_freq"], "faithfulness": c["beta_delta"]}
+    betas = {name: c.get(beta, 0.0) for name, beta in BETAS.items()}
     plot_losses(run.read_log(opened.folder), betas, figures / "losses.png")
     plot_spectrum(mean_g, figures / "spectrum.png")
     x = validation_windows(corpus, 1, c["T"], config.seed)[:, :-1]

@@ -22,6 +22,9 @@ import distributed
 from model import Decomposition
 
 EPS = 1e-12  # keeps (g + eps)^p differentiable at g = 0
+# The logged losses and the settings that weigh them, in the order of the published sum
+BETAS = {"adversarial": "beta_adv", "stochastic": "beta_stoch", "importance": "beta_imp", "frequency": "beta_freq"}
+BETAS |= {"faithfulness": "beta_delta"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Masks
@@ -76,6 +79,7 @@ class HiddenKL:
 class ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, target_hidden: Tensor, masked_hidden: Tensor, unembedding: Tensor, chunk: int) -> Tensor:
+        assert len(target_hidden) == len(masked_hidden), "both have one hidden state a position"
         n, total, grads = len(masked_hidden), torch.zeros((), device=masked_hidden.device), []
         for of_target, of_masked in zip(target_hidden.split(chunk), masked_hidden.split(chunk)):
             log_p = F.linear(of_target, unembedding).float().log_softmax(-1)  # [chunk, vocab]

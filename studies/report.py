@@ -30,7 +30,7 @@ import data
 import eval as evaluation
 from cluster import read_clusters
 from eval import ALIVE, Run, adversarial_sources, layer_of, masks, mean_importances
-from losses import mask
+from losses import BETAS, mask
 from run import UserError, read_log, require, run_script, write_text
 from studies import harvest
 from studies.harvest import Examples, Harvest
@@ -225,8 +225,7 @@ def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, dict]:
     rows = read_log(run.folder) if (run.folder / "metrics.jsonl").is_file() else []
     rows = [row for row in rows if "total" in row]  # those of a short evaluation have other numbers
     rows = rows[:: max(1, -(-len(rows) // 250))]
-    betas = {"adversarial": c["beta_adv"], "stochastic": c["beta_stoch"], "importance": c["beta_imp"]}
-    betas |= {"frequency": c["beta_freq"], "faithfulness": c["beta_delta"]}
+    betas = {name: c.get(beta, 0.0) for name, beta in BETAS.items()}
     logged = [name for name in ("step", "l0", "p", "total", *betas) if rows and name in rows[0]]
     page = {
         "run": run.folder.resolve().name, "matrices": matrices, "betas": betas, "alive": ALIVE, "clusters": None,

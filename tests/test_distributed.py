@@ -16,6 +16,7 @@ from tiny import TINY, config, flags, tensors
 import data
 import decompose
 import distributed
+import eval as evaluation
 import losses
 import run
 from run import UserError
@@ -77,13 +78,18 @@ def precision(double: bool):
         torch.Tensor.float = real
 
 
-def trained(folder: Path, **changes) -> tuple[list[dict], dict]:
-    """The losses of STEPS steps, and U, V, Gamma and the sources after them (in the first process)."""
+def trained(folder: Path, short: bool = False, **changes) -> tuple[list[dict], dict]:
+    """The losses of STEPS steps, and U, V, Gamma and the sources after them (in the first process).
+
+    short: with a short evaluation, as --eval_every makes one, at the end.
+    """
     c = config(B=B, steps=STEPS, beta_freq=0.05, lr=1e-3, **changes)
     vpd, _ = decompose.build(c, run.load_checkpoint(folder / "target/checkpoint.pt", "target"), torch.device("cpu"))
     vpd.warm_up()
     corpus = data.load("text")
     rows = [vpd.train_step(distributed.rows(corpus.batch("train", step, B, c.T)[:, :-1])) for step in range(STEPS)]
+    if short:
+        assert evaluation.short(vpd.decomposition, vpd.ci_fn, corpus, c, 2)["val_kl_stochastic"] >= 0
     state = vpd.state_dict()
     return [{name: value.item() for name, value in row.items()} for row in rows], {
         "U, V": torch.cat([p.flatten() for p in state["decomposition"].values()]),
@@ -118,7 +124,7 @@ for double, changes in VARIANTS:
 run.bf16 = lambda device: True  # as on a GPU
 for shard in (False, True):
     Deal()
-    results.append(trained(Path("."), shard=shard))
+    results.append(trained(Path("."), short=True, shard=shard))
 if distributed.rank() == 0:
     torch.save(results, "two.pt")
 distributed.stop()

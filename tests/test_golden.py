@@ -64,7 +64,7 @@ def build() -> decompose.VPD:
     d_ins = [V.shape[0] for V in decomposition.V.values()]
     gamma = TheirGamma(d_ins, int(GOLDEN["C"].sum()), c["d_ci"], c["n_layer_ci"], c["n_head_ci"], c["d_mlp_ci"])
     gamma.load_state_dict(tree("start/gamma/"))
-    ours = ("B", "T", "lr", "lr_end", "clip", "n_adv", "adv_lr", "leak", "p_start", "p_end", *decompose.BETAS.values())
+    ours = ("B", "T", "lr", "lr_end", "clip", "n_adv", "adv_lr", "leak", "p_start", "p_end", *losses.BETAS.values())
     config = decompose.Config(steps=c["n_steps"], **{name: c[name] for name in ours})
     divergence = losses.HiddenKL(target.unembedding, chunk=7)
     vpd = decompose.VPD(decomposition, gamma, config, (c["B"], c["T"]), torch.device("cpu"), divergence)
@@ -106,7 +106,7 @@ def test_three_steps_of_the_authors(double, monkeypatch):
         )
         row = vpd.train_step(golden(f"step{step}/tokens"))
 
-        for name in (*decompose.BETAS, "total"):
+        for name in (*losses.BETAS, "total"):
             assert_close(row[name], f"step{step}/loss/{name}")
         for name in f.names:
             assert_close(f.U[name], f"after{step}/U/{name}")
