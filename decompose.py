@@ -220,7 +220,7 @@ class VPD:
         return torch.full((), p, device=self.device), c.adv_lr * warm
 
     def train_step(self, x: Tensor) -> dict[str, Tensor]:
-        """One step on this process's rows x [B, T, ...]. Returns the batch's losses, unweighted; their total, l0 and p."""
+        """One step on this process's rows x [B, T, ...]; the batch's losses, unweighted, and total, l0, p."""
         c, row = self.config, {}
         p, adv_lr = self.schedule()
         # -------------------------------------------------------------------------------------------------------------
