@@ -24,13 +24,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+import cost
 import data
 import distributed
 import eval as evaluation
 import losses
 import run
 import train_target
-from bench import cost
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 from model import GPT, Decomposition, GPTConfig
 from run import UserError, parse_counts, require
@@ -175,8 +175,8 @@ class VPD:
         groups = distributed.groups(self.learning)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, fused=True)
         if compiled:
-            self.importances, self.reconstruction = run.compiled(self.importances), run.compiled(self.reconstruction)
-            self.penalties = run.compiled(self.penalties)
+            self.importances = run.compiled(self.importances, recomputes=decomposition.memory_budget < 1)
+            self.reconstruction, self.penalties = run.compiled(self.reconstruction), run.compiled(self.penalties)
             if self.adversary:
                 self.adversary.update = run.compiled(losses.adam_ascent)
 

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import cost
 import data
 import run
-from bench import cost
 from ci_fn import CITransformer, lower_leaky
 from losses import BETAS, HiddenKL, faithfulness, kl_divergence, mask, reconstruction, sample_sources
 from model import Decomposition

@@ -228,12 +228,15 @@ def wants_compile(wanted: bool | Literal["auto"], device: torch.device, steps: i
     return True
 
 
-def compiled(function: Callable) -> Callable:
-    """torch.compile for one shape. On a CPU, where a small step is a thousand short calls, C++ makes them."""
+def compiled(function: Callable, recomputes: bool = False) -> Callable:
+    """torch.compile for one shape. On a CPU, where a small step is a thousand short calls, C++ makes them.
+
+    recomputes: the function recomputes attention in its backward pass, which that C++ cannot (PyTorch 2.13).
+    """
     if torch.cuda.is_available():
         return torch.compile(function, dynamic=False)
     keep_freed_memory()
-    return torch.compile(function, dynamic=False, options={"cpp_wrapper": True})
+    return torch.compile(function, dynamic=False, options=None if recomputes else {"cpp_wrapper": True})
 
 
 def keep_freed_memory() -> None:

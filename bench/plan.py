@@ -1,10 +1,10 @@
 """What the decomposition of a 67M, a 1B and an 8B target would cost: memory, computation, GPUs, days.
 
     python -m bench.plan                  # five minutes on a CPU core: 67M half a minute, 1B 90 s, 8B 3 minutes
-    python -m bench.plan --targets=67M    # 103 GB with memory_budget=1, on 2 GPUs; 74 GB with 0, on one; 3 and 7 days
+    python -m bench.plan --targets=67M    # 109 GB with memory_budget=1, on 2 GPUs; 80 GB with 0, on one; 3 and 7 days
 
 67M is the published run. 1B and 8B take its settings and batch, with C, Gamma's width and its depth in the published
-proportion to those of the target. Everything is counted on fake tensors (bench/cost.py), of eager steps in bf16. On n
+proportion to those of the target. Everything is counted on fake tensors (cost.py), of eager steps in bf16. On n
 GPUs each takes 1/n of the rows; of Gamma's 16 bytes a parameter (itself, its gradient, two moments) all but 1/n are
 subtracted, as --shard=True divides them. The target, U and V are whole on each: it is they that keep 8B from fitting.
 
@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+import cost
 import decompose
 import run
-from bench import cost
 from model import GPT, GPTConfig
 from run import UserError
 

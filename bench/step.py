@@ -6,7 +6,7 @@
     python -m bench.step --sweep=assets/scaling.png     # step and memory against C, T and B
 
 Our step, its parts, the naive step (bench/naive.py) and a matrix product are timed in turn, round by round, so that a
-busy machine slows all alike. MFU, the model FLOP utilisation: the FLOPs that the method needs (bench/cost.py, without
+busy machine slows all alike. MFU, the model FLOP utilisation: the FLOPs that the method needs (cost.py, without
 recomputation) over the time and the rate of the matrix product, bf16 on a GPU and fp32 on a CPU. Memory: the most that
 a step holds on top of parameters, moments and sources. Target and tokens are random: time does not depend on them.
 """
@@ -26,12 +26,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+import cost
 import decompose
 import eval as evaluation
 import losses
 import run
 import train_target
-from bench import cost
 from bench.naive import NaiveVPD
 from model import GPT, GPTConfig
 

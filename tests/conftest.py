@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import TINY_TARGET, config
 
+import cost
 import decompose
 import tokenise
 import train_target
-from bench import cost
 from model import GPT, Decomposition, GPTConfig
 
 torch.set_num_threads(1)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import flags, one_line
 
+import cost
 import decompose
 import losses
 import model
 import run
-from bench import cost
 from bench import step as bench
 from bench.naive import NaiveVPD
 from model import GPTConfig

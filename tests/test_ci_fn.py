@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bench import cost
+import cost
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 from model import Block
 from run import UserError

@@ -16,11 +16,11 @@ from test_losses import linears
 from tiny import TINY, one_line
 from torch import nn
 
+import cost
 import data
 import eval as evaluation
 import losses
 import run
-from bench import cost
 from ci_fn import CITransformer
 from eval import MODES, adversarial_sources, compute_recovered, evaluate, hidden_mse, masks, mean_importances, table
 from model import Decomposition

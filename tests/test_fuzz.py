@@ -19,7 +19,7 @@ import studies.components
 import studies.report
 import toys.__main__
 import train_target
-from bench.cost import Cost
+from cost import Cost
 
 NUMBERS = ["0", "1", "2", "3", "-1", "-0.5", "0.3", "0.5", "1.5", "nan", "inf", "-inf", "1e3", "1e-9", "2e30"]
 TEXTS = [

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import cost
 import losses
-from bench import cost
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 from losses import Adversary, mask
 from model import Decomposition

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import cost
 import model
-from bench import cost
 from model import GPT, Attention, Decomposition, GPTConfig, masked_product, rms_norm, rope
 from run import UserError
 

@@ -17,11 +17,11 @@ import torch
 from tiny import config, one_line
 from torch import nn
 
+import cost
 import data
 import decompose
 import eval as evaluation
 import tokenise
-from bench import cost
 from model import GPT, Decomposition, GPTConfig, rms_norm
 from run import UserError, run_script
 from studies import harvest, report

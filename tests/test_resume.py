@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 script, folder, moments, begin = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]
 module = importlib.import_module(script)
 import run
-from bench import cost
+import cost
 cost.report = lambda *args: None
 
 def start():
