@@ -12,15 +12,14 @@ the backward pass.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from linears import LinearsAnswered, match_linears, memory, refuse_unlike
 from run import UserError, require
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,23 +149,6 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args: checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-class LinearsAnswered(TorchFunctionMode):
-    """Inside this context answer(l, x, F.linear(x, W, b)) replaces F.linear(x, W, b) for the W of each layers[l]."""
-
-    def __init__(self, layers: list[nn.Linear], answer: Callable[[int, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.weights, self.answer = [layer.weight for layer in layers], answer
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is F.linear:
-            x, weight = (lambda input, weight, bias=None: (input, weight))(*args, **(kwargs or {}))
-            for l, W in enumerate(self.weights):
-                if weight is W:
-                    return self.answer(l, x, out)
-        return out
-
-
 class Decomposition(nn.Module):
     """Rank-one subcomponents U_c V_c^T of chosen matrices of `target`, which is frozen and otherwise left alone.
 
@@ -174,10 +156,10 @@ class Decomposition(nn.Module):
     C: subcomponents per matrix, {glob pattern over module names: count}, the first match counts; an int: for each.
     ends_in: f(x | W) is the target's output, or its last hidden state `target.hidden(x)`, for `losses.HiddenKL`.
     memory_budget: share of the matrices whose masked product keeps its activations for the backward pass.
-    Attributes: `names` in column order, `C` {name: C_l}, `L`, `U[name]` [d_out, C_l], `V[name]` [d_in, C_l].
-    UserError if a pattern matches no nn.Linear, a count is below 1, or two chosen layers share one weight.
-
-    Initialisation: V ~ N(0, 1/d_in), U ~ N(0, 1/C_l).
+    Attributes: `names` in column order, `C` {name: C_l}, `L`, `U[name]` [d_out, C_l], `V[name]` [d_in, C_l], which
+    begin as U ~ N(0, 1/C_l), V ~ N(0, 1/d_in).
+    UserError if a pattern matches no nn.Linear, a count is below 1, or a weight is not the parameter of one layer; in a
+    pass, if a chosen layer is not applied exactly once, or its weight is used in any other way.
     """
 
     def __init__(
@@ -185,23 +167,32 @@ class Decomposition(nn.Module):
         ends_in: Literal["output", "hidden"] = "output", memory_budget: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.target, self.ends_in, self.memory_budget = target.requires_grad_(False).eval(), ends_in, memory_budget
-        self.C = match_linears(target, {"*": C} if isinstance(C, int) else C)
-        self.names = list(self.C)
-        self.L = len(self.names)
-        self.layers = [target.get_submodule(name) for name in self.names]
-        owner = {}
+        self.target, self.ends_in, self.memory_budget, self.searched = target, ends_in, memory_budget, False
+        self.C = match_linears(target, C if isinstance(C, Mapping) else {"*": C})
+        self.names, self.L = list(self.C), len(self.C)
+        self.layers, owner = [target.get_submodule(name) for name in self.names], {}
+        self.keys = {name: name.replace("%", "%25").replace("/", "%2F").replace(".", "/") for name in self.names}
         for name, layer in zip(self.names, self.layers):
-            if owner.setdefault(id(layer.weight), name) != name:
-                raise UserError(f"{name} and {owner[id(layer.weight)]} share one weight: decompose only one of them")
+            W, n = layer._parameters.get("weight"), self.C[name]
+            if W is None or isinstance(W, nn.UninitializedParameter) or W.is_meta and not torch.empty(0).is_meta:
+                why = "no parameter but made anew in each pass (weight_norm?)" if W is None else "without values yet"
+                raise UserError(f"{name} cannot be decomposed: its weight is {why}")
+            if (first := owner.setdefault((memory(W), W.storage_offset()), name)) != name:
+                raise UserError(f"{name} and {first} share one weight: decompose only one of them")
+            V = nn.Parameter(torch.randn(W.shape[1], n, generator=generator) / W.shape[1] ** 0.5)
+            U = nn.Parameter(torch.randn(W.shape[0], n, generator=generator) / n**0.5)
+            self.register_parameter(f"U:{self.keys[name]}", U)  # a parameter's name has no dots
+            self.register_parameter(f"V:{self.keys[name]}", V)
+        target.requires_grad_(False).eval()
 
-        self.U, self.V = {}, {}
-        for name, layer in zip(self.names, self.layers):
-            d_out, d_in = layer.weight.shape
-            self.V[name] = nn.Parameter(torch.randn(d_in, self.C[name], generator=generator) / d_in**0.5)
-            self.U[name] = nn.Parameter(torch.randn(d_out, self.C[name], generator=generator) / self.C[name] ** 0.5)
-            self.register_parameter("U:" + name.replace(".", "/"), self.U[name])  # a parameter's name has no dots
-            self.register_parameter("V:" + name.replace(".", "/"), self.V[name])
+    # Looked up at each use, as anybody may replace a module's parameters
+    U = property(lambda self: {name: self._parameters[f"U:{key}"] for name, key in self.keys.items()})
+    V = property(lambda self: {name: self._parameters[f"V:{key}"] for name, key in self.keys.items()})
+
+    def train(self, mode: bool = True) -> "Decomposition":
+        """The target stays in eval mode: f(x | W) is the same at each call."""
+        super().train(mode).target.eval()
+        return self
 
     def f(self, x: Tensor) -> Tensor:
         """f(x | W): the target's output, or its last hidden state, as `ends_in` says."""
@@ -224,27 +215,37 @@ class Decomposition(nn.Module):
 
     def Delta(self, name: str) -> Tensor:
         """Delta^l = W^l - U^l V^lT, [d_out, d_in]: what the subcomponents leave over. Never stored."""
-        return self.W(name) - self.U[name] @ self.V[name].T
+        U, V = (self._parameters[f"{letter}:{self.keys[name]}"] for letter in "UV")
+        return self.W(name) - U @ V.T
+
+    def answered(self, x: Tensor, answer: Callable[..., Tensor], search: bool) -> Tensor:
+        """f(x | W), in which answer(l, x, Wx, b) takes the place of each chosen F.linear(x, W, b)."""
+        with (mode := LinearsAnswered(self.names, self.layers, answer, search)):
+            output = self.f(x)
+        for name, n in zip(self.names, mode.applied):
+            if n != 1:
+                raise UserError(f"{name} cannot be decomposed: the target applies it {n} times in a pass, not once")
+        if not torch.compiler.is_compiling():
+            self.searched = True
+        return output
 
     def target_pass(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """f(x | W) and the input of every decomposed matrix, in the order of `names`: ([B, T, out], L x [B, T, d_in]).
 
-        Neither carries a gradient: Gamma reads the activations of the target, which is not trained. UserError if a
-        chosen nn.Linear is not applied exactly once.
+        Neither carries a gradient: Gamma reads the activations of the target, which is not trained. Each target pass
+        searches for other uses of a chosen weight; of the masked passes, which it would slow, the first eager one does.
         """
         inputs: list[Tensor | None] = [None] * self.L
 
-        def record(l: int, x: Tensor, Wx: Tensor) -> Tensor:
-            if inputs[l] is not None:
-                raise UserError(f"{self.names[l]} is applied more than once: it cannot be decomposed")
+        def record(l: int, x: Tensor, Wx: Tensor, bias: Tensor | None) -> Tensor:
             inputs[l] = x.detach()
             return Wx
 
-        with torch.no_grad(), LinearsAnswered(self.layers, record):
-            output = self.f(x)
-        unseen = ", ".join(name for name, seen in zip(self.names, inputs) if seen is None)
-        if unseen:  # it could not be masked either
-            raise UserError(f"{unseen}: never applied by the target's forward pass, so it cannot be decomposed")
+        with torch.no_grad():
+            output = self.answered(x, record, search=True)
+        for name, x in zip(self.names, inputs):
+            if x.shape[:-1] != (first := inputs[0].shape)[:-1]:
+                raise UserError(f"{name} reads {tuple(x.shape)}, {self.names[0]} {tuple(first)}: no mask fits both")
         return output, inputs
 
     def forward(self, x: Tensor, m: Tensor | None = None, routing: Tensor | None = None, frozen=False) -> Tensor:
@@ -258,12 +259,16 @@ class Decomposition(nn.Module):
         """
         if m is None:
             return self.f(x)
-        *ms, m_Deltas = m.split([*self.C.values(), self.L], dim=-1)
+        sizes = [*self.C.values(), self.L]
+        for what, given, dtype, n in (("m", m, m.dtype, sum(sizes)), ("routing", routing, torch.bool, self.L)):
+            if given is not None and (given.shape[-1:] != (n,) or given.dtype != dtype):
+                raise UserError(f"{what} is {given.dtype} {tuple(given.shape)}: it must be {dtype} [..., {n}]")
+        *ms, m_Deltas = m.split(sizes, dim=-1)
+        Us, Vs = [*self.U.values()], [*self.V.values()]
 
-        def masked(l: int, x: Tensor, Wx: Tensor) -> Tensor:
-            U, V, bias = self.U[self.names[l]], self.V[self.names[l]], self.layers[l].bias
-            if frozen:
-                U, V = U.detach(), V.detach()
+        def masked(l: int, x: Tensor, Wx: Tensor, bias: Tensor | None) -> Tensor:
+            U, V = (Us[l].detach(), Vs[l].detach()) if frozen else (Us[l], Vs[l])
+            refuse_unlike(self.names[l], x, m, routing, U)
             Wx = Wx if bias is None else Wx - bias
             product = masked_product if l < self.memory_budget * self.L else recomputed(masked_product)
             y = product(x, Wx, ms[l], m_Deltas[..., l : l + 1], U, V)
@@ -271,17 +276,4 @@ class Decomposition(nn.Module):
                 y = torch.where(routing[..., l : l + 1], y, Wx)
             return y if bias is None else y + bias
 
-        with LinearsAnswered(self.layers, masked):
-            return self.f(x)
-
-
-def match_linears(target: nn.Module, C: Mapping[str, int]) -> dict[str, int]:
-    """{module name: C_l} of every nn.Linear that a pattern matches, in the target's own order. UserError: see above."""
-    linears = [name for name, module in target.named_modules() if isinstance(module, nn.Linear)]
-    for pattern, count in C.items():
-        if count < 1:
-            raise UserError(f"C={count} for {pattern!r}: a matrix needs at least 1 subcomponent")
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise UserError(f"pattern {pattern!r} matches no nn.Linear; there are: {', '.join(linears) or 'none'}")
-    matches = {name: [count for pattern, count in C.items() if fnmatchcase(name, pattern)] for name in linears}
-    return {name: counts[0] for name, counts in matches.items() if counts}
+        return self.answered(x, masked, search=torch.compiler.is_compiling() or not self.searched)

@@ -95,7 +95,7 @@ def test_sweep_writes_its_figure(tmp_path, capsys, monkeypatch):
         ("--scale=0", "scale=0.0: must be above 0"),
         ("--scale=1e9", "scale=1000000000.0: must be at most 4"),
         ("--B=-1", "B=-1: must be 0 or above"),
-        ("--memory_budget=2", "memory_budget=2.0: must lie between 0 and 1"),
+        ("--memory_budget=2", "memory_budget=2.0: must be between 0 and 1"),
         ("--memory_budget=half", "--memory_budget=half: must be a number or 'auto'"),
     ],
 )

@@ -1,16 +1,21 @@
 import copy
 import math
 import os
+import re
 import shutil
 import subprocess
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import cost
+import losses
 import model
 from model import GPT, Attention, Decomposition, GPTConfig, masked_product, rms_norm, rope
 from run import UserError
@@ -219,7 +224,7 @@ def test_no_masked_forward_disturbs_another(decomposition, gpt, tokens):
 
 def test_the_target_is_whole_after_a_failed_masked_forward(decomposition, gpt, tokens):
     plain = gpt(tokens)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match=r"m is torch.float32 \(3, 8, 63\): it must be torch.float32 \[..., 64\]"):
         decomposition(tokens, rand(3, 8, 63))
     assert torch.equal(gpt(tokens), plain)
 
@@ -376,7 +381,11 @@ def test_an_int_chooses_every_linear(gpt):
     "C, message",
     [
         ({"*.q": 3, "*.gate": 4}, "pattern '[*].gate' matches no nn.Linear; there are: blocks.0.attn.q, "),
-        ({"*.q": 0}, "C=0 for '[*].q'"),
+        ({"*.q": 0}, "C=0 for '[*].q': must be a whole number, at least 1"),
+        (True, "C=True for '[*]': must be a whole number"),
+        ({"*.q": 2, "*.k": 3.0}, "C=3.0 for '[*].k': must be a whole number"),
+        (math.nan, "C=nan for '[*]': must be a whole number"),
+        (None, "C=None for '[*]': must be a whole number"),
     ],
 )
 def test_patterns_refused(gpt, C, message):
@@ -402,12 +411,354 @@ class Twice(nn.Module):
         return self.first(self.first(x))
 
 
-@pytest.mark.parametrize(
-    "name, message", [("first", "first is applied more than once"), ("second", "second: never applied by the target")]
-)
-def test_a_matrix_that_is_not_applied_exactly_once_is_refused(name, message):
+def passes(f, x):
+    """The target's pass, and the masked one without a target's before it."""
+    return [lambda: f.target_pass(x), lambda: f(x, torch.ones(sum(f.C.values()) + f.L))]
+
+
+def assert_refused(target, x, message, C=2):
+    for i in range(2):
+        with pytest.raises(UserError, match=message) as error:
+            passes(Decomposition(target, C), x)[i]()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, n", [("first", 2), ("second", 0)])
+def test_a_matrix_that_is_not_applied_exactly_once_is_refused(name, n):
+    message = f"{name} cannot be decomposed: the target applies it {n} times in a pass"
+    assert_refused(Twice(), torch.ones(4, 3), message, {name: 2})
+    f = Decomposition(Twice(), {name: 2})
+    f.searched = True  # also when other uses are no longer searched for
     with pytest.raises(UserError, match=message):
-        Decomposition(Twice(), {name: 2}).target_pass(torch.ones(4, 3))
+        f(torch.ones(4, 3), torch.ones(3))
+
+
+class Uses(nn.Module):
+    """Applies `layer`, whose weight lies in the middle of a larger storage, and does something more, `use`."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.layer, self.other, self.use = nn.Linear(3, 3), nn.Linear(3, 3), use
+        flat = torch.randn(30)
+        self.before, W, self.after = flat[:9].view(3, 3), flat[9:18].view(3, 3), flat[18:27].view(3, 3)
+        self.layer.weight = nn.Parameter(W)
+        self.view, self.data, self.row = W.T, self.layer.weight.data, self.layer.weight[2].detach()  # made outside
+
+    def forward(self, x):
+        y = self.layer(x)
+        self.use(self, x, self.layer.weight)
+        return y
+
+
+USES = {
+    "matmul": lambda self, x, W: x @ W,
+    "transpose": lambda self, x, W: W.T,
+    "cast": lambda self, x, W: W.to(x.dtype),
+    "float": lambda self, x, W: W.float(),
+    "detach": lambda self, x, W: W.detach(),
+    "cat": lambda self, x, W: torch.cat([x, W]),
+    "stack": lambda self, x, W: torch.stack((W, W)),
+    "keyword": lambda self, x, W: torch.matmul(x, other=W),
+    "in place": lambda self, x, W: W.add_(0.0),
+    "assigned": lambda self, x, W: W.__setitem__(0, 0.0),
+    "several results": lambda self, x, W: torch.linalg.svd(W),
+    "iterated": lambda self, x, W: list(W),
+    "numbers": lambda self, x, W: W.tolist(),
+    "embedding": lambda self, x, W: F.embedding(torch.tensor([1]), W),
+    "operator": lambda self, x, W: torch.ops.aten.linear(x, W),
+    "input of a linear": lambda self, x, W: F.linear(W, self.other.weight),
+    "bias of a linear": lambda self, x, W: F.linear(x, self.other.weight, W[0]),
+    "weight and view": lambda self, x, W: F.linear(x, self.view),
+    "old view": lambda self, x, W: x @ self.view,
+    "old data": lambda self, x, W: self.data * 1,
+    "old row as a bias": lambda self, x, W: F.linear(x, self.other.weight, self.row),
+    "bilinear": lambda self, x, W: F.bilinear(x, x, self.view[None]),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_weight_that_is_used_otherwise_is_refused(use):
+    with torch.no_grad():
+        target = Uses(USES[use])
+        assert_refused(
+            target, torch.ones(4, 3), "^layer cannot be decomposed: [a-z].* uses its weight too$", {"layer": 2}
+        )
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = Uses(USES[use] if use not in ("numbers", "iterated") else USES["cast"])
+            assert_refused(fake, torch.ones(4, 3), "^layer cannot be decomposed: ", {"layer": 2})
+
+
+def test_a_weight_in_its_own_linear_as_input_or_bias_is_refused():
+    for own in (lambda self, x: F.linear(self.weight, self.weight), lambda self, x: F.linear(x, self.weight, self.row)):
+        layer = type("Own", (nn.Linear,), {"forward": own})(3, 3)
+        layer.row = layer.weight.data[0]
+        assert_refused(nn.Sequential(layer), torch.ones(4, 3), "^0 cannot be decomposed: .*linear uses its weight too$")
+
+
+def test_what_uses_no_values_of_a_weight_is_allowed():
+    def ask(self, x, W):
+        x = x.to(W.dtype).to(W.device).reshape(-1, W.shape[-1]) * W.size(0) * W.requires_grad * W.is_contiguous()
+        return x @ self.before + x @ self.after + len(W) + W.dim() + W.numel()  # neighbours in one storage
+
+    target = Uses(ask)
+    target.layer.forward = lambda x: F.linear(input=x, weight=target.layer.weight, bias=target.layer.bias)
+    f, x = Decomposition(target, {"layer": 2}), torch.ones(4, 3)
+    for run in passes(f, x):
+        run()
+    close(f(x, torch.ones(3)), target(x))
+
+
+def test_other_uses_are_searched_for_by_each_target_pass_and_the_first_masked_one():
+    """As the search takes a while. A later masked pass follows a target pass on the same input."""
+    target = Uses(lambda self, x, W: x @ W if x.sum() > 100 else None)
+    f, m = Decomposition(target, {"layer": 2}), torch.ones(3)
+    small, large = torch.ones(4, 3), torch.full((4, 3), 50.0)
+    f(small, m)
+    assert f.searched
+    f(large, m)
+    with pytest.raises(UserError, match="layer cannot be decomposed: torch.Tensor.matmul uses its weight too"):
+        f.target_pass(large)
+
+
+def test_a_weight_that_is_used_otherwise_is_refused_in_compiled_code():
+    target = Uses(lambda self, x, W: x @ W)
+    for run in passes(Decomposition(target, {"layer": 2}), torch.ones(4, 3)):
+        with pytest.raises(UserError, match="^layer cannot be decomposed: "):
+            torch.compile(run, backend="eager")()
+
+
+def test_compiled_passes_are_not_compiled_anew(tokens):
+    """For other tensors in the same places, after steps of U and V, and after an eager pass."""
+    gpt = GPT(GPTConfig(vocab_size=50, context=8, n_layer=1, n_head=2, d_model=16, d_mlp=32))
+    f = Decomposition(gpt, 3)
+    target_pass = torch.compile(f.target_pass, backend="eager", dynamic=False)
+    masked_pass = torch.compile(f, backend="eager", dynamic=False)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for i in range(4):
+            x, m = (tokens + i) % 50, rand(3, 8, 24, seed=i)
+            output, masked = target_pass(x)[0], masked_pass(x, m)
+            if i > 1:
+                close(output, f.target_pass(x)[0])
+                close(masked, f(x, m))
+            for p in f.subcomponents():
+                p += 0.1
+
+
+@pytest.mark.parametrize("memory_budget", [1.0, 0.0])
+def test_target_pass_and_masked_pass_break_no_graph(tokens, memory_budget):
+    gpt = GPT(GPTConfig(vocab_size=50, context=8, n_layer=1, n_head=2, d_model=16, d_mlp=32))
+    f, m = Decomposition(gpt, {"*": 3}, memory_budget=memory_budget), rand(3, 8, 24)
+    for run in (f.target_pass, lambda x: f(x, m, m[..., -6:] < 0.5), lambda x: losses.faithfulness(f)):
+        explained = torch._dynamo.explain(run)(tokens)
+        assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+def weight_normed(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(layer)
+
+
+class Multiplies(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize(
+    "layer, message",
+    [
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "weight is no parameter but made anew"),
+        (lambda: weight_normed(nn.Linear(3, 3)), "weight is no parameter but made anew"),
+        (lambda: prune.random_unstructured(nn.Linear(3, 3), "weight", 2), "weight is no parameter but made anew"),
+        (lambda: nn.LazyLinear(3), "weight is without values yet"),
+        (lambda: nn.Linear(3, 3, device="meta"), "weight is without values yet"),
+        (lambda: Multiplies(3, 3), "torch.Tensor.T.__get__ uses its weight too"),
+    ],
+)
+def test_layers_that_cannot_be_masked(layer, message):
+    target = nn.Sequential(layer())
+    with pytest.raises(UserError, match=f"^0 cannot be decomposed: (its )?{message}"):
+        Decomposition(target, 2).target_pass(torch.ones(4, 3))
+
+
+def test_multi_head_attention_is_refused():
+    target = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    assert_refused(
+        target, torch.ones(2, 5, 8), "^self_attn.out_proj cannot be decomposed: .*multi_head_attention_forward"
+    )
+    for run in passes(Decomposition(target, {"linear*": 3}), torch.ones(2, 5, 8)):
+        run()
+
+
+def test_two_weights_in_one_memory_are_refused():
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = nn.Parameter(tied[0].weight.T)
+    with pytest.raises(UserError, match="1 and 0 share one weight"):
+        Decomposition(tied, 2)
+    assert_refused(tied, torch.ones(4, 3), "^1 cannot be decomposed: .*linear uses its weight too", {"1": 2})
+
+
+def test_a_module_under_two_names_is_one_layer():
+    target = nn.Sequential(nn.Linear(3, 3))
+    target.again = target[0]  # and called twice
+    assert Decomposition(nn.Sequential(*target[:1]), 2).names == ["0"]
+    assert_refused(target, torch.ones(4, 3), "^0 cannot be decomposed: the target applies it 2 times")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The call's own bias, parameters that are replaced, names, train mode
+
+
+def test_the_bias_is_that_of_the_call(linear):
+    layer, x, m = linear.target[0], torch.randn(2, 6, 5), rand(2, 6, 4)
+    without = einsum_masked(linear, x, m) - layer.bias
+    for bias in (None, torch.arange(4.0)):
+        layer.forward = lambda x: F.linear(x, layer.weight, bias)
+        close(linear(x, m), without if bias is None else without + bias)
+
+
+def replaced(linear):
+    state = {name: torch.randn_like(value) for name, value in linear.state_dict().items()}
+    other = Decomposition(nn.Sequential(nn.Linear(5, 4)), 3)
+    other.load_state_dict(state)
+    return state, other
+
+
+def test_assigned_parameters_are_used(linear):
+    x, m = torch.randn(2, 6, 5), rand(2, 6, 4)
+    state, other = replaced(linear)
+    linear.load_state_dict(state, assign=True)
+    assert torch.equal(linear(x, m), other(x, m)) and torch.equal(linear.Delta("0"), other.Delta("0"))
+    assert linear.U["0"] is linear.subcomponents()[0] and torch.equal(linear.V["0"], state["V:0"])
+    linear(x, m).sum().backward()
+    assert linear.U["0"].grad is not None and linear.target[0].weight.grad is None
+
+
+def test_functional_call_uses_what_it_is_given(linear):
+    x, m = torch.randn(2, 6, 5), rand(2, 6, 4)
+    before, (state, other) = linear(x, m), replaced(linear)
+    assert torch.equal(torch.func.functional_call(linear, state, (x, m)), other(x, m))
+    assert torch.equal(linear(x, m), before)
+    each = torch.func.vmap(lambda x, m: torch.func.functional_call(linear, state, (x, m)))(x, m)
+    close(each, other(x, m))
+
+
+def test_swapped_parameters_are_used(linear):
+    x, m = torch.randn(2, 6, 5).double(), rand(2, 6, 4).double()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        linear.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert linear.U["0"].dtype == torch.float64
+    close(linear(x, m), einsum_masked(linear, x, m))
+
+
+def test_parameter_names_are_injective_and_the_usual_ones_as_ever(decomposition):
+    assert [name for name in decomposition.subcomponents_state() if "blocks.0.attn.q".replace(".", "/") in name] == [
+        "U:blocks/0/attn/q",
+        "V:blocks/0/attn/q",
+    ]
+    target = nn.Module()
+    target.x = nn.Module()
+    target.x.add_module("a", nn.Linear(3, 3))
+    for name in ("x/a", "x%2Fa", "x%a"):
+        target.add_module(name, nn.Linear(3, 3))
+    f = Decomposition(target, 2)
+    assert f.names == ["x.a", "x/a", "x%2Fa", "x%a"]
+    assert [*f.subcomponents_state()][::2] == ["U:x/a", "U:x%2Fa", "U:x%252Fa", "U:x%25a"]
+    assert len({id(U) for U in f.U.values()}) == 4
+
+
+def test_train_leaves_the_target_in_eval_mode():
+    f = Decomposition(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 4)), 3)
+    x = torch.randn(2, 5, 8)
+    before = f(x)
+    assert f.train() is f and f.training and not any(module.training for module in f.target.modules())
+    assert torch.equal(f(x), before)
+    assert not f.eval().training
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types and shapes of masks
+
+
+def test_a_bf16_target_is_refused_with_advice():
+    target, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).bfloat16(), torch.randn(2, 5, 8).bfloat16()
+    f, m = Decomposition(target, 3), rand(2, 5, 8)
+    f.target_pass(x)
+    message = r"^0: input torch.bfloat16, m torch.float32, U torch.float32: use target.float\(\), or torch.autocast$"
+    with pytest.raises(UserError, match=message):
+        f(x, m)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert f(x, m).shape == (2, 5, 4)
+    f.bfloat16()
+    assert f(x, m.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(UserError, match="m torch.float32, U torch.bfloat16"):
+        f(x, m)
+    f.float()
+    assert f(x.float(), m).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.bool, torch.int64])
+def test_masks_of_another_type_are_refused(linear, dtype):
+    with pytest.raises(UserError, match=f"^0: input torch.float32, m {dtype}, U torch.float32"):
+        linear(torch.randn(2, 6, 5), torch.ones(2, 6, 4, dtype=dtype))
+
+
+def test_everything_in_float64(linear):
+    x, m = torch.randn(2, 6, 5).double(), rand(2, 6, 4).double()
+    close(linear.double()(x, m), einsum_masked(linear, x, m))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (1, 6), (2, 1), (2, 6)])
+def test_masks_and_routing_that_broadcast(linear, shape):
+    x, m, routing = torch.randn(2, 6, 5), rand(*shape, 4), rand(*shape, 1, seed=1) < 0.5
+    whole = linear(x, m.expand(2, 6, 4), routing.expand(2, 6, 1))
+    close(linear(x, m, routing), whole)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 1), (1, 2, 6), (3, 2, 6), (6, 2), (5, 6)])
+def test_masks_and_routing_that_do_not_broadcast_to_the_input_are_refused(linear, shape):
+    x = torch.randn(2, 6, 5)
+    for masks in ((rand(*shape, 4),), (rand(2, 6, 4), rand(*shape, 1) < 2)):
+        given = re.escape(str(tuple(masks[-1].shape)))
+        with pytest.raises(UserError, match=rf"^0: masks {given} do not fit its input \(2, 6, 5\)"):
+            linear(x, *masks)
+    with pytest.raises(UserError, match=r"^0: masks \(1, 4\) do not fit its input \(5,\)"):
+        linear(x[0, 0], rand(1, 4))
+
+
+@pytest.mark.parametrize(
+    "routing, message",
+    [
+        (torch.ones(2, 6, 1), r"routing is torch.float32 \(2, 6, 1\): it must be torch.bool \[..., 1\]"),
+        (torch.ones(2, 6, 2) > 0, r"routing is torch.bool \(2, 6, 2\): it must be torch.bool \[..., 1\]"),
+        (torch.tensor(True), r"routing is torch.bool \(\): it must be torch.bool \[..., 1\]"),
+    ],
+)
+def test_routing_of_another_kind_is_refused(linear, routing, message):
+    with pytest.raises(UserError, match=message):
+        linear(torch.randn(2, 6, 5), rand(4), routing)
+    with pytest.raises(UserError, match=r"m is torch.float32 \(\): it must be torch.float32 \[..., 4\]"):
+        linear(torch.randn(2, 6, 5), torch.tensor(1.0))
+
+
+class Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[:, -1])
+
+
+def test_layers_at_different_positions_are_refused():
+    with pytest.raises(UserError, match=r"^head reads \(4, 3\), layer \(4, 5, 3\): no mask fits both"):
+        Decomposition(Last(), 2).target_pass(torch.ones(4, 5, 3))
+    with pytest.raises(UserError, match=r"^head: masks \(4, 5, 6\) do not fit its input \(4, 3\)"):
+        Decomposition(Last(), 2)(torch.ones(4, 5, 3), torch.ones(4, 5, 6))
 
 
 def test_initial_scales():

@@ -75,8 +75,12 @@ class TMS(FeatureToy):
             nn.init.eye_(self.hidden.weight).requires_grad_(False)
             self.dense = ("hidden",)
         nn.init.zeros_(self.linear2.bias)  # from PyTorch's own start most 5-2 targets lose a feature or more
-        # One storage for both. AdamW then steps it twice, once with each gradient, as in the earlier papers' code.
-        self.linear2.weight.data = self.linear1.weight.data.T
+        self.linear2.weight.data = self.linear1.weight.data.T.clone()
+
+    def tie(self, tied: bool) -> None:
+        """One memory for W1 and W2, or two. One is stepped twice by AdamW, with each gradient, as in earlier papers."""
+        W1 = self.linear1.weight.data
+        self.linear2.weight.data = W1.T if tied else W1.T.clone()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.linear2(self.hidden(self.linear1(x))))
@@ -268,6 +272,8 @@ def train(toy: Toy, seed: int) -> nn.Module:
     """The trained target: a function of the toy and the seed."""
     torch.manual_seed(seed)
     target, generator = toy.make(), torch.Generator().manual_seed(seed)
+    if isinstance(target, TMS):
+        target.tie(True)
     optimizer = torch.optim.AdamW([w for w in target.parameters() if w.requires_grad], lr=toy.lr, weight_decay=0.01)
     for step in (bar := run.progress_bar(0, toy.steps, "target")):
         optimizer.param_groups[0]["lr"] = toy.lr * cosine(step, toy.steps, toy.lr_warmup, toy.lr_end)
@@ -277,4 +283,6 @@ def train(toy: Toy, seed: int) -> nn.Module:
         optimizer.step()
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.2e}", refresh=False)
+    if isinstance(target, TMS):
+        target.tie(False)
     return target
