@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
+import run
 import tokenise
 from run import UserError
 
@@ -33,10 +35,17 @@ class Corpus:
     def vocab_size(self) -> int:
         return self.encoding.n_vocab
 
+    @cached_property
     def digest(self) -> str:
-        """A hash of the token counts and of both ends of each split: a resumed run must find its tokens again."""
-        ends = [part.tobytes() for tokens in self.tokens.values() for part in (tokens[:500_000], tokens[-500_000:])]
-        return hashlib.sha256(b"".join([repr([len(t) for t in self.tokens.values()]).encode(), *ends])).hexdigest()[:16]
+        """A hash of all tokens of both splits: a run must find its own text again."""
+        digest = hashlib.sha256(repr([len(tokens) for tokens in self.tokens.values()]).encode())
+        for tokens in self.tokens.values():
+            digest.update(np.ascontiguousarray(tokens))
+        return digest.hexdigest()[:16]
+
+    def of_checkpoint(self) -> dict[str, str]:
+        """What a checkpoint keeps of its text, for `of_run`."""
+        return {"tokens": self.digest, "tokens_folder": self.folder.name if self.folder else ""}
 
     def batch(self, split: str, step: int, B: int, T: int, seed: int = 0) -> Tensor:
         """B random windows of T + 1 tokens, int64 [B, T + 1]: a function of (seed, split, step) alone.
@@ -64,10 +73,10 @@ def fingerprint(dataset: str, max_tokens: int = 0) -> str:
     elif hub := tokenise.hub_set(dataset):
         source = ["hub", *hub]
     else:
-        files = tokenise.local_files(Path(dataset))
+        files = tokenise.local_files(dataset)
         source = [f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
     source += [f"{max_tokens} tokens"] if max_tokens else []
-    source += [tokenise.WORDS, str(tokenise.BPE_VOCAB), str(tokenise.BPE_SAMPLE)]
+    source += [tokenise.WORDS, str(tokenise.BPE_VOCAB), str(tokenise.BPE_SAMPLE), "5 % of the tokens"]
     return hashlib.sha256("\n".join(source).encode()).hexdigest()[:16]
 
 
@@ -78,7 +87,8 @@ def name_of(dataset: str, max_tokens: int, mark: str) -> str:
     elif hub := tokenise.hub_set(dataset):
         name = dataset if dataset in tokenise.HUB else "--".join(filter(None, hub)).replace("/", "--")
     else:
-        name = f"{Path(dataset).name.removesuffix(tokenise.file_type(Path(dataset)))}-{mark[:8]}"
+        path = Path(dataset).absolute()
+        name = f"{path.name.removesuffix(tokenise.file_type(path)) or 'root'}-{mark[:8]}"
     millions, rest = divmod(max_tokens, 10**6)
     return f"{name}-{max_tokens if rest else f'{millions}M'}" if max_tokens else name
 
@@ -92,18 +102,45 @@ def load(dataset: str = "stdlib", folder: str | Path = "data", max_tokens: int =
     name = name_of(dataset, max_tokens, mark)
     # Each Python has a standard library of its own, so that another one leaves the tokens of earlier runs in place.
     home = Path(folder) / (f"{name}-{mark[:8]}" if dataset == "stdlib" else name)
-    meta = tokenise.read_mark(home / "meta.json")
-    counts = {split: meta.get(split) for split in ("train", "val")}
-    if meta.get("fingerprint") != mark or tokenise.stored(home) != counts:
-        if dataset != "stdlib" and (max_tokens or tokenise.hub_set(dataset)):
-            tokenise.tokenise_stream(dataset, home, mark, max_tokens)
-        else:
-            tokenise.tokenise(dataset, home, mark)
-    vocab = (home / "vocab.json").read_text()
+
+    def is_made() -> bool:
+        return tokenise.read_mark(home / "meta.json").get("fingerprint") == mark and tokenise.is_whole(home)
+
+    if not is_made():
+        with run.claims():
+            run.claim(home, beside=True, wait=True)  # another process may be making it
+            if not is_made():
+                tokenise.tokenise(dataset, name, home, mark, max_tokens)
+    return open_tokens(home)
+
+
+def open_tokens(home: Path) -> Corpus:
+    """The corpus whose token files are in this folder."""
+    meta, vocab = tokenise.read_mark(home / "meta.json"), (home / "vocab.json").read_text()
+    none = np.zeros(0, np.uint16)  # an empty file cannot be mapped
     return Corpus(
-        name=name,
-        tokens={split: np.memmap(home / f"{split}.bin", np.uint16, mode="r") for split in ("train", "val")},
-        encoding=tokenise.encoding_of(json.loads(vocab), dataset),
+        name=meta["name"],
+        tokens={
+            split: np.memmap(home / f"{split}.bin", np.uint16, mode="r") if meta[split] else none
+            for split in ("train", "val")
+        },
+        encoding=tokenise.encoding_of(json.loads(vocab), meta["dataset"]),
         vocabulary=hashlib.sha256(vocab.encode()).hexdigest()[:16],
         folder=home,
     )
+
+
+def of_run(folder: str | Path, saved: dict, data_dir: str = "") -> Corpus:
+    """The text of the run in `folder`, by a checkpoint of it: its token files, even where the source is gone.
+
+    Where these are not in data_dir, by default that of the run, they are made anew from the source. UserError if the
+    tokens are not those that the run was made with.
+    """
+    config = saved["config"]
+    data_dir = data_dir or config["data_dir"]
+    home = Path(data_dir) / saved["tokens_folder"]
+    corpus = open_tokens(home) if tokenise.is_whole(home) else load(config["dataset"], data_dir, config["max_tokens"])
+    if corpus.digest != saved["tokens"]:
+        found = f"those in {corpus.folder} have the digest {corpus.digest}, not {saved['tokens']}"
+        raise UserError(f"{folder}: its text, {config['dataset']!r}, has changed since that run: {found}")
+    return corpus

@@ -4,37 +4,40 @@
   B. documents        `stdlib`: the Python standard library's own source; a .txt, .jsonl, .jsonl.zst or .parquet file or
                       a folder; `pile`, `simplestories`, `tinystories` or `hf:<id>[:column]` from the Hugging Face hub
   C. encodings        a learnt BPE for `stdlib`; for other text GPT-2's, or a learnt one where that cannot be had
-  D. token files      made in memory or, where `max_tokens` or the hub asks for it, as a stream that can be restarted;
+  D. token files      made a few documents at a time, so that it can stop at any moment and go on from there;
                       what is not of our making is never deleted, nor written over
 
-Documents end with an end-of-text token. One document in twenty, chosen by a hash of its text, is validation: training
-never sees it, nor a copy of it. Left out: shuffling of documents, two processes that tokenise the same set at once.
+Documents end with an end-of-text token. A twentieth of all tokens is validation text. It is whole documents, chosen by
+a hash of their text: training never sees them, nor a copy of them. Left out: shuffling of documents.
 """
 
 import base64
 import contextlib
+import io
 import itertools
 import json
 import os
+import re
 import sysconfig
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from run import UserError, settle, write_text
+from run import UserError, is_run_folder, settle, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 # How text is cut into words before BPE: GPT-2's pattern.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 BPE_VOCAB = 1024  # tokens of a learnt encoding, end-of-text included
 BPE_SAMPLE = 2_000_000  # characters that it is learnt from
-# The types of local files, and which builder of `datasets` reads each.
-SUFFIXES = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
+SPACE = 100_000  # characters of white space in a row that are encoded at once
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")  # the types of local files
 COLUMNS = ("text", "story", "content", "input_ids")  # where a document is, the first that exists; input_ids is tokens
 HUB = {  # sets with a short name: (id on the hub, column)
     "pile": ("monology/pile-uncopyrighted", "text"),
@@ -42,8 +45,10 @@ HUB = {  # sets with a short name: (id on the hub, column)
     "tinystories": ("roneneldan/TinyStories", "text"),
 }
 SETTLE = 4_000_000  # tokens of a stream between two points that tokenising can be restarted from
-NAMES = ("train.bin", "val.bin", "vocab.json", "progress.json", "meta.json")
+MARKS = ("meta.json", "progress.json")  # what proves a folder to be of our making
+NAMES = ("tokens.bin", "documents.bin", "train.bin", "val.bin", "vocab.json", "progress.json", "meta.json")
 FILES = [name + end for name in NAMES for end in (".tmp", "")]  # what a folder of ours can hold
+END = object()  # what `next` gives where there are no more rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Byte-level BPE
@@ -67,19 +72,19 @@ def learn_bpe(text: str, vocab_size: int) -> list[bytes]:
 
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocab_size:
-        inside = (ids[:-1] >= 0) & (ids[1:] >= 0)
-        pair = ids[:-1] * vocab_size + ids[1:]
+        inside, n = (ids[:-1] >= 0) & (ids[1:] >= 0), len(tokens)
+        pair = ids[:-1] * n + ids[1:]
         frequency = np.bincount(pair[inside], weights=weight[:-1][inside], minlength=1)
         best = int(frequency.argmax())
         if frequency[best] < 2:
             break
-        left, right = divmod(best, vocab_size)
-        at = np.flatnonzero(inside & (pair == left * vocab_size + right))
+        left, right = divmod(best, n)
+        at = np.flatnonzero(inside & (pair == best))
         if left == right:  # in a run like "aaa" the two candidates overlap: keep every second one
             run_start = np.r_[True, np.diff(at) > 1]
             offset = at - np.maximum.accumulate(np.where(run_start, at, 0))
             at = at[offset % 2 == 0]
-        ids[at] = len(tokens)
+        ids[at] = n
         keep = np.ones(len(ids), bool)
         keep[at + 1] = False
         ids, weight = ids[keep], weight[keep]
@@ -107,34 +112,58 @@ def stdlib_folder() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def stdlib_documents() -> Iterator[str]:
+def stdlib_files() -> list[Path]:
     """Every .py file of the Python standard library here, in order of its path; installed packages excluded."""
-    root = stdlib_folder()
-    for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "dist-packages"} & set(path.relative_to(root).parts):
-            yield path.read_text(encoding="utf-8", errors="replace")
+    files = []
+    for folder, inside, names in os.walk(stdlib_folder()):
+        inside[:] = set(inside) - {"site-packages", "dist-packages"}
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
 
 
 def file_type(path: Path) -> str:
-    """The key of SUFFIXES that the file's name ends with, or ''."""
+    """The one of SUFFIXES that the file's name ends with, or ''."""
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
-def local_files(path: Path) -> list[Path]:
-    """The file itself, or all files of a known type in a folder, without empty ones. UserError if there is none."""
-    if not path.exists():
-        raise UserError(
-            f"dataset {str(path)!r} does not exist: give 'stdlib', {', '.join(map(repr, HUB))}, 'hf:<id>[:column]' "
-            f"or the path of a {', '.join(SUFFIXES)} file or a folder of them"
-        )
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if file_type(p))
+def files_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """All files of a known type in a folder, in order of their paths; links are followed, but no folder read twice.
+
+    Left out: hidden files and folders, and what this code itself writes: token files and run folders.
+    """
+    if folder.resolve() in seen or is_run_folder(folder) or any(read_mark(folder / mark) for mark in MARKS):
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from files_in(path, seen)
+        elif file_type(path):
+            yield path
+
+
+def local_files(dataset: str) -> list[Path]:
+    """The files of a local dataset: `stdlib`, a file or a folder; without empty ones. UserError if there is none."""
+    if dataset == "stdlib":
+        return stdlib_files()
+    path, known = Path(dataset), ", ".join(SUFFIXES)
+    if not dataset or not path.exists():
+        why = "is a link to nothing" if path.is_symlink() else "does not exist" if dataset else "has no name"
+        names = f"'stdlib', {', '.join(map(repr, HUB))}, 'hf:<id>[:column]'"
+        raise UserError(f"dataset {dataset!r} {why}: give {names} or the path of a {known} file or a folder of them")
+    files = [path] if path.is_file() else list(files_in(path, set()))
     types = sorted(set(map(file_type, files)))
     if not files or not types[0]:
-        raise UserError(f"dataset {str(path)!r}: no {', '.join(SUFFIXES)} file there")
+        raise UserError(f"dataset {dataset!r}: no {known} file there")
     if len(types) > 1:
-        raise UserError(f"dataset {str(path)!r} mixes {', '.join(types)} files: give one type at a time")
+        one_each = ", ".join(str(next(p for p in files if file_type(p) == type)) for type in types)
+        raise UserError(f"dataset {dataset!r} mixes {', '.join(types)} files ({one_each}): give one type at a time")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"dataset {dataset!r}: {file} is no file that can be read: take it out, or mend the link")
     if not (files := [p for p in files if p.stat().st_size > 0]):
-        raise UserError(f"dataset {str(path)!r} is empty")
+        raise UserError(f"dataset {dataset!r} is empty")
     return files
 
 
@@ -153,79 +182,164 @@ def explained(problem: str, remedy: str = "", kind: type[Exception] = Exception)
     """What a library or the disk (OSError) refuses becomes one UserError, "problem (reason): remedy"."""
     try:
         yield
+    except UserError:
+        raise
     except kind as error:
         line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        reason = (kind is OSError and error.strerror) or line
+        reason = (isinstance(error, OSError) and error.strerror) or line
         raise UserError(f"{problem} ({reason}){remedy and ': '}{remedy}") from error
 
 
-def unreadable(dataset: str) -> tuple[str, str]:
-    """The problem and the remedy where the rows of a dataset cannot be read."""
-    if not (hub := hub_set(dataset)):
-        return f"dataset {dataset!r} cannot be read as {SUFFIXES[file_type(local_files(Path(dataset))[0])]}", ""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    problem = f"dataset {dataset!r}: the data step failed, as {hub[0]} cannot be read from {endpoint}"
-    return problem, "set HF_HOME to a cache that holds it, HF_ENDPOINT to a mirror, or give the path of a local copy"
+class LocalRows:
+    """The rows of local files of one type, in order: objects that hold a document, or None for an empty line.
+
+    As a stream of `datasets` does, it tells where it stands and goes on from there. `where` names the row for messages.
+    Any other field of a row is not looked at: what it holds, or that it changes its type, does not matter.
+    """
+
+    def __init__(self, files: list[Path], lenient: bool = False) -> None:
+        self.files, self.lenient, self.file, self.row = files, lenient, 0, 0
+
+    @property
+    def where(self) -> str:
+        return f"{self.files[self.file]}, line {self.row}" if self.row > 1 else str(self.files[self.file])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"file": self.file, "row": self.row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.file, self.row = state["file"], state["row"]
+
+    def __iter__(self) -> Iterator[dict | None]:
+        while self.file < len(self.files):
+            path = self.files[self.file]
+            type = file_type(path) or ".txt"
+            with explained(f"{path} cannot be opened"), open(path, "rb") as file:
+                rows = itertools.islice(self.rows(type, file), self.row, None)
+                while True:
+                    with explained(f"{self.where}: the row after this cannot be read as {type}"):
+                        row = next(rows, END)
+                    if row is END:
+                        break
+                    self.row += 1
+                    yield self.parsed(type, row)
+            self.file, self.row = self.file + 1, 0
+
+    def rows(self, type: str, file: BinaryIO) -> Iterator[bytes | dict]:
+        """Lines, the whole of a .txt file, or the rows of a .parquet file with no other column than the document's."""
+        if type == ".txt":
+            yield file.read()
+        elif type == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.ParquetFile(file)
+            column = column_of(table.schema_arrow.names, "", self.where)
+            for batch in table.iter_batches(256, columns=[column]):
+                yield from batch.to_pylist()
+        elif type == ".jsonl.zst":
+            import zstandard
+
+            with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
+                yield from io.BufferedReader(stream)
+        else:
+            yield from file
+
+    def parsed(self, type: str, row: bytes | dict) -> dict | None:
+        if type == ".txt":
+            try:
+                text = row.decode("utf-8-sig", "replace" if self.lenient else "strict")
+            except UnicodeDecodeError as error:
+                what = f"byte 0x{row[error.start]:02x} at {error.start:,}"
+                raise UserError(f"{self.where} is not UTF-8 ({what}): save it as UTF-8, or take it out") from error
+            return {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
+        if type == ".parquet":
+            return row
+        if not row.strip():
+            return None
+        with explained(f"{self.where} is not a JSON object in UTF-8"):
+            row = json.loads(row.decode("utf-8-sig"))
+            if not isinstance(row, dict):
+                raise TypeError(f"it is a {row.__class__.__name__}")
+            return row
 
 
 def open_rows(dataset: str):
-    """The rows of a local or hub dataset, an IterableDataset of `datasets`: nothing is downloaded or copied before."""
+    """The rows of a local or hub dataset, one after the other: nothing is downloaded or copied before."""
+    if not (hub := hub_set(dataset)):
+        return LocalRows(local_files(dataset), lenient=dataset == "stdlib")
     import datasets
 
-    if hub := hub_set(dataset):
-        source, options = hub[0], {}
-    else:
-        files = local_files(Path(dataset))
-        source, options = SUFFIXES[file_type(files[0])], {"data_files": list(map(str, files))}
-        options |= {"sample_by": "document"} if source == "text" else {}
-    with explained(*unreadable(dataset)):
-        return datasets.load_dataset(source, split="train", streaming=True, **options)
+    with explained(*unreachable(dataset)):
+        return datasets.load_dataset(hub[0], split="train", streaming=True)
+
+
+def unreachable(dataset: str) -> tuple[str, str]:
+    """The problem and the remedy where a dataset of the hub cannot be read."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    problem = f"dataset {dataset!r}: the data step failed, as {hub_set(dataset)[0]} cannot be read from {endpoint}"
+    return problem, "set HF_HOME to a cache that holds it, HF_ENDPOINT to a mirror, or give the path of a local copy"
+
+
+def column_of(names: Iterable[str], wanted: str, where: str) -> str:
+    """The wanted column, or without one the first of COLUMNS. UserError if it is not among the names."""
+    column = wanted or next((name for name in COLUMNS if name in names), "")
+    if column not in names:
+        need = f"there is no {column!r}" if column else f"one must be {', '.join(map(repr, COLUMNS))}"
+        raise UserError(f"{where} has columns {', '.join(names) or '(none)'}: {need}")
+    return column
 
 
 def documents_of(dataset: str, rows) -> Iterator[str | list[int]]:
     """The document of every row that is not empty: text, or token ids. Each .txt file is one row."""
-    column, problem = (hub_set(dataset) or ("", ""))[1], unreadable(dataset)
-    rows = iter(rows)
+    hub = hub_set(dataset)
+    column, at = hub[1] if hub else "", lambda: f"dataset {dataset!r}" if hub else rows.where
+    stream = iter(rows)
     while True:
-        with explained(*problem):
-            row = next(rows, None)
-        if row is None:
+        with explained(*unreachable(dataset)) if hub else contextlib.nullcontext():
+            row = next(stream, END)
+        if row is END:
             return
-        column = column or next((name for name in COLUMNS if name in row), "")
-        if column not in row:
-            wanted = f"there is no {column!r}" if column else f"one must be {', '.join(map(repr, COLUMNS))}"
-            raise UserError(f"dataset {dataset!r} has columns {', '.join(row)}: {wanted}")
+        if row is None:
+            continue
+        column = column_of(row, column, at())
         document = row[column]
         if not document:
             continue
-        if not isinstance(document, str) and not (isinstance(document, list) and isinstance(document[0], int)):
-            raise UserError(f"dataset {dataset!r}: {column!r} holds {type(document).__name__}, not text or token ids")
-        yield document
+        if isinstance(document, str):
+            yield document if document.isascii() else document.encode("utf-8", "replace").decode()  # no half surrogates
+        elif isinstance(document, list) and type(document[0]) is int:
+            yield document
+        else:
+            raise UserError(f"{at()}: {column!r} holds {document.__class__.__name__}, not text or token ids")
 
 
-def is_validation(document: str | list[int]) -> bool:
-    """True for one document in twenty, chosen by its content alone."""
-    is_text = isinstance(document, str)
-    content = document.encode("utf-8", "replace") if is_text else np.array(document, np.int64).tobytes()
-    return zlib.crc32(content) % 20 == 0
+def checksum(document: str | list[int]) -> int:
+    """A number below 2^32 that copies of a document share: the order in which validation documents are chosen."""
+    return zlib.crc32(document.encode() if isinstance(document, str) else np.array(document, np.int64).tobytes())
 
 
-def split_documents(documents: list[str]) -> list[tuple[str, str]]:
-    """(split, document) of each. If one split would be empty, the last document or its last 5 % goes there."""
-    if len(set(documents)) == 1:
-        cut = int(0.95 * len(documents[0]))
-        print("data: one document only: its last 5 % is the validation text")
-        return [("train", documents[0][:cut]), ("val", documents[0][cut:])]
-    splits = ["val" if is_validation(document) else "train" for document in documents]
-    if len(set(splits)) == 1:
-        other = {"train": "val", "val": "train"}[splits[0]]
-        splits = [other if d == documents[-1] else splits[0] for d in documents]  # with all its copies
-    return list(zip(splits, documents))
+def split(checksums: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many tokens of each document are training text, its first ones, and how many validation: [n] and [n].
+
+    Documents, with their copies, become validation by rising checksum while they fit into a twentieth of all tokens.
+    If that leaves less than 3 % there, documents are too few for it, and the end of the largest one fills it up.
+    """
+    _, group = np.unique(checksums, return_inverse=True)  # copies together, in order of the checksum
+    sizes = np.bincount(group, lengths).astype(np.int64)
+    chosen, left = np.zeros(len(sizes), bool), int(lengths.sum()) // 20
+    for i, size in enumerate(sizes.tolist()):
+        if size <= left:
+            chosen[i], left = True, left - size
+    val = np.where(chosen[group], lengths, 0)
+    if left > 0.02 * lengths.sum():
+        copies = np.flatnonzero(group == np.where(chosen, 0, sizes).argmax())
+        val[copies] = left // len(copies)
+    return lengths - val, val
 
 
 def sample_of(documents: Iterable[str], size: int) -> str:
-    """The first `size` characters of training text."""
-    sample, training = "", (document for document in documents if not is_validation(document))
+    """The first `size` characters of documents that, but in a very small set, are training text."""
+    sample, training = "", (document for document in documents if checksum(document) > 2**32 // 10)
     while len(sample) < size and (document := next(training, "")):
         sample += document
     return sample[:size]
@@ -271,6 +385,22 @@ def encoding_of(vocab: str | int | list[str], dataset: str) -> tiktoken.Encoding
     return gpt2(dataset) if vocab == "gpt2" else bpe_encoding([base64.b64decode(t) for t in vocab])
 
 
+# tiktoken panics at about a million of white space in a row (its pattern looks ahead, one step of a stack for each).
+LONG_SPACE = re.compile(rf"\s{{{SPACE}}}")
+
+
+def encode(encoding: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text, end-of-text behind it, by several threads. White space is cut after each SPACE of it."""
+    parts, counts = [], []
+    for text in texts:
+        cuts = [match.end() for match in LONG_SPACE.finditer(text)] if len(text) > SPACE else []
+        parts += [text[i:j] for i, j in zip([0, *cuts], [*cuts, None])]
+        counts.append(len(cuts) + 1)
+    encoded = iter(encoding.encode_ordinary_batch(parts, num_threads=os.cpu_count() or 1))
+    whole = [next(encoded) if n == 1 else [*itertools.chain(*itertools.islice(encoded, n))] for n in counts]
+    return [ids + [encoding.eot_token] for ids in whole]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # D. Token files
 
@@ -284,10 +414,10 @@ def read_mark(path: Path) -> dict:
     return content if isinstance(content, dict) and "fingerprint" in content else {}
 
 
-def stored(folder: Path) -> dict[str, float]:
-    """How many tokens train.bin and val.bin hold; a missing file holds none."""
-    files = {split: folder / f"{split}.bin" for split in ("train", "val")}
-    return {split: file.stat().st_size / 2 if file.exists() else 0 for split, file in files.items()}
+def is_whole(folder: Path) -> bool:
+    """Whether train.bin and val.bin are there with as many tokens as meta.json counts."""
+    meta, files = read_mark(folder / "meta.json"), [(split, folder / f"{split}.bin") for split in ("train", "val")]
+    return all(file.is_file() and file.stat().st_size == 2 * meta.get(split, -1) for split, file in files)
 
 
 def check_ours(folder: Path, proof: str) -> None:
@@ -312,103 +442,113 @@ def remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def encoded(dataset: str, pairs: Iterable[tuple], encoding: tiktoken.Encoding) -> Iterator[list[tuple]]:
-    """(split, document) to (split, uint16 tokens), in lists of 64 that several threads encode.
+def encoded(dataset: str, documents: Iterator[str | list[int]], encoding: tiktoken.Encoding) -> Iterator[list[tuple]]:
+    """(checksum, uint16 tokens) of each document, in lists of 64. Text gets an end-of-text token behind it.
 
-    Text gets an end-of-text token behind it, token ids stay as they are. UserError for an id that cannot be stored.
+    UserError for an id that cannot be stored.
     """
-    pairs = iter(pairs)
-    while some := list(itertools.islice(pairs, 64)):
-        splits, documents = zip(*some)
-        if encoding.name != "ids":
-            texts = encoding.encode_ordinary_batch(list(documents), num_threads=os.cpu_count() or 1)
-            documents = [[*ids, encoding.eot_token] for ids in texts]
-        arrays = [np.array(ids) for ids in documents]
-        if wrong := [id for ids in arrays for id in (ids.min(), ids.max()) if not 0 <= id < 2**16]:
+    while some := list(itertools.islice(documents, 64)):
+        tokens = some if encoding.name == "ids" else encode(encoding, some)
+        arrays = [np.array(ids) for ids in tokens]
+        if wrong := [id for ids in arrays for id in (ids.min(), ids.max()) if not 0 <= id < 2**16 or id % 1]:
             raise UserError(f"dataset {dataset!r} has the token id {wrong[0]}: 0 to 65,535 can be stored")
-        yield list(zip(splits, (ids.astype(np.uint16) for ids in arrays)))
+        yield list(zip(map(checksum, some), (ids.astype(np.uint16) for ids in arrays)))
 
 
 def append(part: Path, progress: dict, lists: Iterator[list], place: Callable[[], dict], max_tokens: float) -> None:
     """Write tokens behind those that `progress` counts, until it counts max_tokens or there are no more.
 
-    place: tells where the source stands; progress.json holds it beside the counts, as a point to restart from.
+    tokens.bin holds them; documents.bin a checksum and a length of each document. place: tells where the source
+    stands; progress.json holds it beside the counts, as a point to restart from.
     """
-    with open(part / "train.bin", "ab") as train, open(part / "val.bin", "ab") as val:
-        files = {"train": train, "val": val}
-        for split, file in files.items():
-            file.truncate(2 * progress[split])
-        total = settled = progress["train"] + progress["val"]
-        bar = tqdm(total=max_tokens, initial=total, desc="tokenise", unit=" tokens", unit_scale=True)
+    with open(part / "tokens.bin", "ab") as tokens, open(part / "documents.bin", "ab") as documents:
+        tokens.truncate(2 * progress["tokens"])
+        documents.truncate(16 * progress["documents"])
+        settled = progress["tokens"]
+        end = max_tokens if max_tokens < float("inf") else None
+        bar = tqdm(total=end, initial=settled, desc="tokenise", unit=" tokens", unit_scale=True)
         some = True
         while some:
-            some = next(lists, []) if total < max_tokens else []
-            for split, ids in some:
-                files[split].write(ids.tobytes())
+            some = next(lists, []) if progress["tokens"] < max_tokens else []
+            for number, ids in some:
+                tokens.write(ids.tobytes())
+                documents.write(np.array([number, len(ids)], np.uint64).tobytes())
                 progress["documents"] += 1
-                progress[split] += len(ids)
+                progress["tokens"] += len(ids)
                 progress["largest"] = max(progress["largest"], int(ids.max()))
-                total += len(ids)
-                if total >= max_tokens:
+                if progress["tokens"] >= max_tokens:
                     break
-            bar.update(total - bar.n)
-            if not some or total >= settled + SETTLE:
-                settled = total
-                for file in files.values():
+            bar.update(progress["tokens"] - bar.n)
+            if not some or progress["tokens"] >= settled + SETTLE:
+                settled = progress["tokens"]
+                for file in (tokens, documents):
                     file.flush()
                     os.fsync(file.fileno())
                 write_text(part / "progress.json", json.dumps(progress | {"source": place()}))
         bar.close()
 
 
-def finish(made: Path, home: Path, meta: dict, encoding: tiktoken.Encoding) -> None:
-    """vocab.json and, last, meta.json beside the token files; the folder gets its name, in place of an older one."""
-    for split in ("train", "val"):
-        settle(made / f"{split}.bin")
-    write_text(made / "vocab.json", json.dumps(vocab_of(encoding)))
-    meta = meta | {"encoding": encoding.name, "vocab_size": encoding.n_vocab}
-    write_text(made / "meta.json", json.dumps(meta, indent=2))
+def finish(part: Path, home: Path, meta: dict, encoding: tiktoken.Encoding) -> None:
+    """train.bin and val.bin of the documents in `part`, vocab.json, meta.json; the folder gets its name, `home`.
+
+    An older folder of that name goes. No document is in both files; where one has to be cut, a line says so.
+    """
+    checksums, lengths = np.fromfile(part / "documents.bin", np.uint64).astype(np.int64).reshape(-1, 2).T
+    tokens, starts = np.memmap(part / "tokens.bin", np.uint16, mode="r"), np.cumsum(lengths) - lengths
+    train, val = split(checksums, lengths)
+    cut = (train > 0) & (val > 0)
+    end = np.array([] if encoding.name == "ids" else [encoding.eot_token], np.uint16)
+    meta |= {"train": 0, "val": 0}
+    with open(part / "train.bin", "wb") as train_file, open(part / "val.bin", "wb") as val_file:
+        for start, n_train, n_val, is_cut in zip(starts.tolist(), train.tolist(), val.tolist(), cut.tolist()):
+            head, tail = tokens[start : start + n_train], tokens[start + n_train : start + n_train + n_val]
+            head = np.concatenate([head, end]) if is_cut else head
+            for name, file, ids in (("train", train_file, head), ("val", val_file, tail)):
+                file.write(ids.tobytes())
+                meta[name] += len(ids)
+    if cut.any():
+        about = f"the largest of {len(lengths):,} documents is cut, its last {val[cut].sum():,} tokens are"
+        print(f"data: {meta['dataset']}: too few documents for a twentieth of them: {about} validation text")
+    for name in ("train", "val"):
+        settle(part / f"{name}.bin")
+    write_text(part / "vocab.json", json.dumps(vocab_of(encoding)))
+    write_text(part / "meta.json", json.dumps(meta | {"encoding": encoding.name, "vocab_size": encoding.n_vocab}))
     check_ours(home, "meta.json")  # again, as hours may have passed
     remove(home)
-    os.replace(made, home)
+    del tokens
+    os.replace(part, home)
     settle(home.parent)
-    (home / "progress.json").unlink(missing_ok=True)  # only now that nothing can be lost
+    for name in ("tokens.bin", "documents.bin", "progress.json"):  # only now that nothing can be lost
+        (home / name).unlink(missing_ok=True)
     print(f"data: {meta['dataset']}: {meta['documents']:,} documents, {meta['train']:,} training and ", end="")
     print(f"{meta['val']:,} validation tokens, vocabulary {encoding.n_vocab:,}")
 
 
-def tokenise(dataset: str, home: Path, mark: str) -> None:
-    """Write the token files of `dataset`, read into memory, in a new folder that is named `home` when it is whole."""
-    check_ours(home, "meta.json")
-    source = stdlib_documents() if dataset == "stdlib" else documents_of(dataset, open_rows(dataset))
-    documents = list(tqdm(source, desc="read", unit=" documents"))
-    if not documents:
+def first_document(dataset: str, documents: Iterator) -> str | list[int]:
+    """The next document. UserError if there is none."""
+    if (first := next(documents, None)) is None:
         raise UserError(f"dataset {dataset!r} holds no text")
-    if isinstance(documents[0], list):
-        raise UserError(f"dataset {dataset!r} holds token ids: give --max_tokens, as they are read as a stream")
-    step = max(1, sum(map(len, documents)) // BPE_SAMPLE)  # a sample spread evenly over the corpus
-    most = documents[0][: len(documents[0]) * 19 // 20]  # where the only document is validation text by its hash
-    encoding = choose_encoding(dataset, lambda: sample_of(documents[::step], 2 * BPE_SAMPLE) or most)
-    assert encoding.n_vocab <= 2**16, "uint16 holds 65,536 tokens"
-
-    meta = {"fingerprint": mark, "dataset": dataset, "documents": len(documents), "train": 0, "val": 0}
-    pairs = tqdm(split_documents(documents), desc="tokenise", unit=" documents")
-    made = home.with_name(f"{home.name}.{os.urandom(4).hex()}.tmp")
-    remedy = "make room and give the same command again"
-    with explained(f"cannot write the tokens of {dataset!r} to {home}", remedy, OSError):
-        made.mkdir(parents=True)
-        try:
-            with open(made / "train.bin", "wb") as train, open(made / "val.bin", "wb") as val:
-                for split, ids in itertools.chain.from_iterable(encoded(dataset, pairs, encoding)):
-                    {"train": train, "val": val}[split].write(ids.tobytes())
-                    meta[split] += len(ids)
-            finish(made, home, meta, encoding)
-        finally:
-            remove(made)
+    return first
 
 
-def tokenise_stream(dataset: str, home: Path, mark: str, max_tokens: int) -> None:
-    """As `tokenise`, but a few documents at a time and only until there are max_tokens tokens (0: until the end).
+def sample_for_bpe(dataset: str, max_tokens: int) -> str:
+    """Training text that a BPE is learnt from: spread evenly over files that are read to their end, else the first."""
+    rows, size, step = open_rows(dataset), BPE_SAMPLE, 1
+    if isinstance(rows, LocalRows) and not max_tokens:
+        step = max(1, sum(file.stat().st_size for file in rows.files) // BPE_SAMPLE)
+        size *= 1 if step == 1 else 2
+        if all(file_type(file) in ("", ".txt") for file in rows.files):  # a document each: open no other file
+            rows.files, step = rows.files[::step], 1
+    documents = documents_of(dataset, rows)
+    first = first_document(dataset, documents)
+    return (
+        sample_of(itertools.islice(itertools.chain([first], documents), 0, None, step), size)
+        or first[: len(first) * 19 // 20]
+    )
+
+
+def tokenise(dataset: str, name: str, home: Path, mark: str, max_tokens: int = 0) -> None:
+    """Make the folder `home` of the first max_tokens tokens of `dataset` (0: of all), a few documents at a time.
 
     Restartable at any moment: progress.json in <home>.part names the documents, tokens and place in the source that are
     on the disk; what came after it is cut off and made again. A full disk is a UserError that leaves this state.
@@ -417,40 +557,44 @@ def tokenise_stream(dataset: str, home: Path, mark: str, max_tokens: int) -> Non
     check_ours(home, "meta.json")
     check_ours(part, "progress.json")
     rows = open_rows(dataset)
-    progress = {"fingerprint": mark, "source": None, "vocab": None, "documents": 0, "train": 0, "val": 0, "largest": 0}
-    saved, there = read_mark(part / "progress.json"), stored(part)
-    if saved.get("fingerprint") == mark and saved["documents"] and all(there[s] >= saved[s] for s in there):
+    progress = {"fingerprint": mark, "source": None, "vocab": None, "documents": 0, "tokens": 0, "largest": 0}
+    saved = read_mark(part / "progress.json")
+    there = [
+        (part / "tokens.bin", 2 * saved.get("tokens", 0)),
+        (part / "documents.bin", 16 * saved.get("documents", 0)),
+    ]
+    if (
+        saved.get("fingerprint") == mark
+        and saved["documents"]
+        and all(file.is_file() and file.stat().st_size >= size for file, size in there)
+    ):
         progress = saved
         rows.load_state_dict(saved["source"])
         print(f"data: {dataset}: going on after document {saved['documents']:,}")
     documents = documents_of(dataset, rows)
     if progress is not saved:
-        if (first := next(documents, None)) is None:
-            raise UserError(f"dataset {dataset!r} holds no text")
+        first = first_document(dataset, documents)
         documents = itertools.chain([first], documents)
-        sample = lambda: sample_of(documents_of(dataset, open_rows(dataset)), BPE_SAMPLE) or first
         # Token ids have a stand-in for now: how many kinds there are is known at the end.
+        sample = lambda: sample_for_bpe(dataset, max_tokens)
         progress["vocab"] = 2 if isinstance(first, list) else vocab_of(choose_encoding(dataset, sample))
     encoding = encoding_of(progress["vocab"], dataset)
 
-    pairs = (("val" if is_validation(document) else "train", document) for document in documents)
     remedy = "make room and give the same command again, it goes on from there"
     with explained(f"cannot write the tokens of {dataset!r} to {part}", remedy, OSError):
         part.mkdir(parents=True, exist_ok=True)
         if progress is not saved:
             write_text(part / "progress.json", json.dumps(progress))  # before any other file: it makes the folder ours
-        append(part, progress, encoded(dataset, pairs, encoding), rows.state_dict, max_tokens or float("inf"))
-        total = progress["train"] + progress["val"]
-        if total < max_tokens:
-            print(f"data: {dataset} ends after {total:,} tokens, fewer than the {max_tokens:,} asked for: ", end="")
-            print("training goes round it more than once")
-        if progress["train"] and progress["val"]:
-            if encoding.name == "ids":
-                encoding = numbered_encoding(progress["largest"] + 1)
-            meta = {"dataset": dataset} | {k: progress[k] for k in ("fingerprint", "documents", "train", "val")}
-            return finish(part, home, meta, encoding)
-        remove(part)
-    if hub_set(dataset) or encoding.name == "ids":
-        few = f"its {progress['documents']} documents are too few for a training and a validation set"
-        raise UserError(f"dataset {dataset!r}: {few}: raise --max_tokens")
-    tokenise(dataset, home, mark)  # so few documents that one has to be divided
+        try:
+            append(part, progress, encoded(dataset, documents, encoding), rows.state_dict, max_tokens or float("inf"))
+        except UserError:
+            if not hub_set(dataset):  # a file that has to be mended is another one then
+                remove(part)
+            raise
+        if progress["tokens"] < max_tokens:
+            print(f"data: {dataset} ends after {progress['tokens']:,} tokens, fewer than the ", end="")
+            print(f"{max_tokens:,} asked for: training goes round it more than once")
+        if encoding.name == "ids":
+            encoding = numbered_encoding(progress["largest"] + 1)
+        meta = {"fingerprint": mark, "dataset": dataset, "name": name, "documents": progress["documents"]}
+        finish(part, home, meta, encoding)

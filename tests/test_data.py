@@ -1,9 +1,12 @@
 import errno
+import fcntl
 import itertools
 import json
 import os
 import re
 import sys
+import threading
+import time
 
 import numpy as np
 import pyarrow
@@ -14,6 +17,7 @@ import torch
 import zstandard
 
 import data
+import run
 import tokenise
 from data import Corpus
 from run import UserError
@@ -151,12 +155,15 @@ def test_every_document_ends_with_end_of_text(tmp_path, suffix):
     assert sorted(read(corpus, "train") + read(corpus, "val")) == sorted(documents)
 
 
-def test_a_single_text_gives_its_last_twentieth_to_validation(tmp_path):
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_single_text_gives_its_last_twentieth_to_validation(tmp_path, copies, capsys):
     text = "".join(DOCUMENTS[:40])
-    corpus = data.load(write(tmp_path, ".txt", [text]), tmp_path / "data")
-    (train,), (val,) = read(corpus, "train"), read(corpus, "val")
-    assert train + val == text
-    assert len(val) == pytest.approx(0.05 * len(text), abs=1)
+    corpus = data.load(write(tmp_path, ".jsonl", [text] * copies), tmp_path / "data")
+    train, val = read(corpus, "train"), read(corpus, "val")
+    assert [head + tail for head, tail in zip(train, val)] == [text] * copies
+    assert len(set(train)) == len(set(val)) == 1
+    assert len(corpus.tokens["val"]) == pytest.approx(sum(map(len, corpus.tokens.values())) / 20, abs=copies)
+    assert f"the largest of {copies} documents is cut, its last" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("column", ["text", "story", "content"])
@@ -173,11 +180,220 @@ def test_no_copy_of_a_validation_document_is_trained_on(tmp_path):
     assert not set(train) & set(val)
 
 
-def test_no_copy_even_where_the_hash_leaves_validation_empty(tmp_path):
-    train_only = [d for d in DOCUMENTS if not tokenise.is_validation(d)][:3]
-    corpus = data.load(write(tmp_path, ".jsonl", [*train_only, train_only[0]]), tmp_path / "data")
-    assert read(corpus, "val")
-    assert not set(read(corpus, "train")) & set(read(corpus, "val"))
+def share(corpus):
+    return len(corpus.tokens["val"]) / sum(map(len, corpus.tokens.values()))
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1] * 400,
+        [400, 20_000],
+        [20_000, 400],
+        [5000] * 2,
+        [1000] * 10,
+        [1000] * 30,
+        [10_000] + [10] * 300,
+        [1] * 19 + [99_999],
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_validation_is_a_twentieth_of_the_tokens_whatever_the_documents(lengths, seed):
+    rng = np.random.default_rng(seed)
+    checksums, lengths = rng.permutation(10**6)[: len(lengths)], np.array(lengths)
+    train, val = tokenise.split(checksums, lengths)
+    assert np.array_equal(train + val, lengths)
+    assert 0.03 <= val.sum() / lengths.sum() <= 0.05
+    cut = (train > 0) & (val > 0)
+    assert cut.sum() <= 1 and all(lengths[cut] == lengths.max())  # the largest one, if any
+
+
+def test_the_split_does_not_depend_on_the_order_of_documents():
+    rng = np.random.default_rng(0)
+    checksums, lengths = rng.integers(0, 2**32, 300), rng.integers(1, 1000, 300)
+    order = rng.permutation(300)
+    _, val = tokenise.split(checksums, lengths)
+    _, val_of_permuted = tokenise.split(checksums[order], lengths[order])
+    assert np.array_equal(val[order], val_of_permuted)
+    assert val.sum() == pytest.approx(lengths.sum() / 20, rel=0.02)
+
+
+def test_a_book_behind_a_preface_is_training_text(tmp_path, capsys):
+    preface, book = "A preface of few words. " * 20, "".join(DOCUMENTS) * 5
+    corpus = data.load(write(tmp_path, "-folder", [preface, book]), tmp_path / "data")
+    assert 0.03 < share(corpus) < 0.06
+    assert len([d for d in read(corpus, "val") if d in book]) == 1
+    assert "the largest of 2 documents is cut" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def all_text(corpus):
+    return "".join(corpus.encoding.decode(tokens.tolist()) for tokens in corpus.tokens.values())
+
+
+def rows(path, texts, **more):
+    path.write_text("".join(json.dumps({"text": text} | more) + "\n" for text in texts))
+
+
+@pytest.mark.parametrize(
+    "name", ["part[1].jsonl", "a*b.jsonl", "who?.jsonl", "two words.jsonl", "{x}.jsonl", "%20#.jsonl"]
+)
+def test_names_are_names_and_no_patterns(tmp_path, name):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for other in ("part1.jsonl", "axxb.jsonl", "whom.jsonl", "x.jsonl"):
+        rows(folder / other, ["PLAIN " + d for d in DOCUMENTS[:40]])
+    rows(folder / name, ["SPECIAL " + d for d in DOCUMENTS[:40]])
+    text = all_text(data.load(str(folder / name), tmp_path / "data"))
+    assert (text.count("SPECIAL "), text.count("PLAIN ")) == (40, 0)
+    text = all_text(data.load(str(folder) + "/", tmp_path / "data"))  # a slash at the end changes nothing
+    assert (text.count("SPECIAL "), text.count("PLAIN ")) == (40, 160)
+
+
+@pytest.mark.parametrize("late", ["web", "2024-01-01T00:00:00", 3, {"a": 1}, [None]])
+def test_other_fields_may_hold_anything(tmp_path, late):
+    path = tmp_path / "set.jsonl"
+    lines = [json.dumps({"text": d, "source": None if i < 100 else late}) for i, d in enumerate(DOCUMENTS)]
+    path.write_text("\n".join([*lines, "", '{"text": null, "source": 1}', '{"text": ""}', ""]))
+    corpus = data.load(str(path), tmp_path / "data")
+    assert sorted(read(corpus, "train") + read(corpus, "val")) == sorted(DOCUMENTS)
+
+
+def test_a_text_that_looks_like_a_date_stays_text(tmp_path):
+    dates = [f"2024-01-01T00:{i // 60:02}:{i % 60:02}" for i in range(300)]
+    corpus = data.load(write(tmp_path, ".jsonl", dates), tmp_path / "data")
+    assert sorted(read(corpus, "train") + read(corpus, "val")) == sorted(dates)
+
+
+def test_half_a_surrogate_pair_refuses_no_file(tmp_path):
+    corpus = data.load(write(tmp_path, ".jsonl", [*DOCUMENTS, "half \ud83d a pair"]), tmp_path / "data")
+    assert "half ? a pair" in read(corpus, "train") + read(corpus, "val")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", "-folder"])
+def test_byte_order_marks_are_no_text(tmp_path, suffix):
+    path = write(tmp_path, suffix, DOCUMENTS)
+    for file in tokenise.local_files(path):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    corpus = data.load(path, tmp_path / "data")
+    assert "\ufeff" not in all_text(corpus)
+    assert sorted(read(corpus, "train") + read(corpus, "val")) == sorted(DOCUMENTS)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_line_ends_of_text_files(tmp_path, ends):
+    path = tmp_path / "set.txt"
+    path.write_bytes("".join(DOCUMENTS).replace("\n", ends).encode())
+    assert "".join(read(data.load(str(path), tmp_path / "data"), "train")) in "".join(DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    "suffix, content, message",
+    [
+        ("txt", "caf\u00e9".encode("latin-1"), r"f5\.txt is not UTF-8 \(byte 0xe9 at 3\): save it as UTF-8"),
+        ("txt", "text".encode("utf-16"), r"f5\.txt is not UTF-8 \(byte 0xff at 0\)"),
+        (
+            "jsonl",
+            b'{"text": "a"}\n{"text": "caf\xe9"}\n',
+            r"f5\.jsonl, line 2 is not a JSON object in UTF-8 \(Unicode",
+        ),
+        ("jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"f5\.jsonl, line 3 is not a JSON object in UTF-8 \(JSONDecode"),
+        (
+            "jsonl",
+            b'{"text": "a"}\n["b"]\n',
+            r"f5\.jsonl, line 2 is not a JSON object in UTF-8 \(TypeError: it is a list",
+        ),
+        ("jsonl", b'{"text": "a"}\n{"story": "b"}\n', r"f5\.jsonl, line 2 has columns story: there is no 'text'"),
+        ("jsonl", b'{"text": "a"}\n{"text": 3}\n', r"f5\.jsonl, line 2: 'text' holds int, not text"),
+        ("jsonl", b'{"text": "a"}\n{"text": [true]}\n', r"f5\.jsonl, line 2: 'text' holds list, not text"),
+        ("jsonl.zst", b"no zst", r"f5\.jsonl\.zst: the row after this cannot be read as \.jsonl\.zst \(ZstdError"),
+        ("parquet", b"no parquet", r"f5\.parquet: the row after this cannot be read as \.parquet \(ArrowInvalid"),
+    ],
+)
+def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path, suffix, content, message):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(8):
+        good = {"txt": DOCUMENTS[i].encode(), "jsonl": json.dumps({"text": DOCUMENTS[i]}).encode()}
+        good["jsonl.zst"] = zstandard.compress(good["jsonl"])
+        if suffix == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": [DOCUMENTS[i]]}), folder / f"f{i}.parquet")
+        else:
+            (folder / f"f{i}.{suffix}").write_bytes(good[suffix])
+    (folder / f"f5.{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        data.load(str(folder), tmp_path / "data")
+    assert not list((tmp_path / "data").glob("*"))
+
+
+def test_hidden_files_and_what_we_write_are_no_text(tmp_path):
+    folder = tmp_path / "set"
+    files = [
+        "a.txt",
+        "deep/b.txt",
+        ".hidden.txt",
+        "._a.txt",
+        ".git/c.txt",
+        "deep/._b.txt",
+        "run/sample.txt",
+        "bare/log.txt",
+    ]
+    files += ["data/set-0/x.txt", "data/set-1.part/x.txt", "other/config.json", "other/d.txt"]
+    for i, name in enumerate(files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"FILE {name}. " + DOCUMENTS[i])
+    mark = json.dumps({"fingerprint": "0"})
+    ours = json.dumps({"command": "", "commit": "", "hardware": "", "versions": {}})
+    for name, content in {
+        "run/config.json": ours, "bare/checkpoint.pt": "", "data/set-0/meta.json": mark,
+        "data/set-1.part/progress.json": mark, "other/config.json": "[]",
+    }.items():  # fmt: skip
+        (folder / name).write_text(content)
+    (folder / "folder.txt").mkdir()
+    (folder / "folder.txt" / "e.txt").write_text("FILE folder.txt/e.txt. text")
+    read = [str(p.relative_to(folder)) for p in tokenise.local_files(str(folder))]
+    assert read == ["a.txt", "deep/b.txt", "folder.txt/e.txt", "other/d.txt"]
+
+
+def test_links_are_followed_once_and_a_dead_one_is_named(tmp_path):
+    folder, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    folder.mkdir(), elsewhere.mkdir()
+    (elsewhere / "a.txt").write_text("a")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    assert tokenise.local_files(str(folder)) == [folder / "link" / "a.txt"]
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="set/gone.txt is no file that can be read"):
+        tokenise.local_files(str(folder))
+    with pytest.raises(UserError, match="gone.txt' is a link to nothing"):
+        tokenise.local_files(str(folder / "gone.txt"))
+
+
+def test_no_name_is_no_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "diary.txt").write_text("private")
+    with pytest.raises(UserError, match="dataset '' has no name: give 'stdlib'"):
+        data.load("")
+
+
+@pytest.mark.parametrize("white", [" ", "\n", "\t ", "\u00a0"])
+def test_a_million_of_white_space(tmp_path, white):
+    text = "".join(DOCUMENTS) + white * (1_200_000 // len(white)) + "".join(DOCUMENTS)
+    path = tmp_path / "set.txt"
+    path.write_text(text)
+    (train,), (val,) = (read(data.load(str(path), tmp_path / "data"), split) for split in ("train", "val"))
+    assert train + val == text
+
+
+def test_white_space_is_only_cut_where_it_is_long():
+    encoding = bpe_encoding(learn_bpe(" ".join(DOCUMENTS), 300))
+    for text in (" ".join(DOCUMENTS) * 20, "a" + " " * (tokenise.SPACE - 1) + "b"):
+        assert tokenise.encode(encoding, [text, "x"]) == [
+            [*encoding.encode_ordinary(part), encoding.eot_token] for part in (text, "x")
+        ]
 
 
 def bad_folder(folder, files):
@@ -201,9 +417,8 @@ def bad_folder(folder, files):
         ),
         ({"a.jsonl": '{"text": ""}\n'}, "holds no text"),
         ({"a.jsonl": '{"text": 3}\n'}, "'text' holds int, not text or token ids"),
-        ({"a.jsonl": '{"input_ids": [1, 2]}\n'}, "holds token ids: give --max_tokens"),
-        ({"a.jsonl": "not json at all\n"}, "cannot be read as json"),
-        ({"a.parquet": "not parquet at all"}, "cannot be read as parquet"),
+        ({"a.jsonl": "not json at all\n"}, "a.jsonl is not a JSON object"),
+        ({"a.parquet": "not parquet at all"}, "cannot be read as .parquet"),
     ],
 )
 def test_unusable_dataset(tmp_path, files, message):
@@ -271,27 +486,22 @@ def interrupted(steps, error=KeyboardInterrupt):
     return stops
 
 
-def test_an_interrupted_tokenisation_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise, "encoded", interrupted(1))
-    with pytest.raises(KeyboardInterrupt):
-        data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
-    assert not list((tmp_path / "data").iterdir())
-
-
 def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(tokenise, "encoded", interrupted(1, full))
     with pytest.raises(UserError, match=r"set.jsonl' to .* \(No space left on device\): make room and give the same"):
         data.load(write(tmp_path, ".jsonl", DOCUMENTS), tmp_path / "data")
-    assert not list((tmp_path / "data").iterdir())
+    assert [path.suffix for path in (tmp_path / "data").iterdir()] == [".part"]  # to go on from
 
 
 def test_each_python_has_tokens_of_its_own_standard_library(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise, "stdlib_documents", lambda: iter(DOCUMENTS))
+    files = tokenise.local_files(write(tmp_path, "-folder", DOCUMENTS))
+    tmp_path = tmp_path / "data"
+    monkeypatch.setattr(tokenise, "stdlib_files", lambda: files)
     first = data.load("stdlib", tmp_path)
     tokens = (first.folder / "train.bin").read_bytes()
     monkeypatch.setattr(sys, "version", "4.0")
-    monkeypatch.setattr(tokenise, "stdlib_documents", lambda: iter(DOCUMENTS[:100]))
+    monkeypatch.setattr(tokenise, "stdlib_files", lambda: files[:100])
     second = data.load("stdlib", tmp_path)
     assert first.name == second.name == "stdlib"
     assert {first.folder, second.folder} == set(tmp_path.iterdir())
@@ -403,7 +613,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("suffix, column", [(".jsonl.zst", "text"), (".parquet", "story"), ("-folder", "text")])
-def test_a_stream_gives_the_tokens_that_memory_does(tmp_path, suffix, column, capsys):
+def test_more_tokens_than_there_are_change_nothing(tmp_path, suffix, column, capsys):
     dataset = write(tmp_path, suffix, DOCUMENTS, column)
     whole = data.load(dataset, tmp_path / "data")
     assert same(data.load(dataset, tmp_path / "data", max_tokens=10**9), whole)
@@ -415,7 +625,8 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path):
     whole, short = data.load(dataset, tmp_path / "data"), data.load(dataset, tmp_path / "data", max_tokens=500)
     longest = max(len(whole.encoding.encode_ordinary(d)) for d in DOCUMENTS) + 1
     assert 500 <= sum(len(t) for t in short.tokens.values()) < 500 + longest
-    assert all(np.array_equal(t, whole.tokens[split][: len(t)]) for split, t in short.tokens.items())
+    first = json.loads((short.folder / "meta.json").read_text())["documents"]
+    assert sorted(read(short, "train") + read(short, "val")) == sorted(DOCUMENTS[:first])
 
 
 @pytest.fixture(scope="module")
@@ -459,8 +670,9 @@ def test_a_stream_goes_on_where_it_stopped(tmp_path, folder_of_two, monkeypatch,
         wanted = r"\(No space left on device\): make room and give the same command again, it goes on from there"
         assert re.search(wanted, str(stop.value))
     if how == "killed in the middle of a write":
-        with open(part / "train.bin", "ab") as file:
-            file.write(b"half a tok")
+        for name in ("tokens.bin", "documents.bin"):
+            with open(part / name, "ab") as file:
+                file.write(b"half a tok")
     capsys.readouterr()
     assert same(data.load(dataset, tmp_path / "data", max_tokens=10**6), whole)
     assert (f"going on after document {64 * steps:,}" in capsys.readouterr().out) == (steps > 0)
@@ -477,7 +689,7 @@ def stop_before_the_end(dataset, folder, monkeypatch):
     return part
 
 
-@pytest.mark.parametrize("changes", [{"train": 10**5, "documents": 10**3}, {"fingerprint": "0" * 16}])
+@pytest.mark.parametrize("changes", [{"tokens": 10**5}, {"documents": 10**3}, {"fingerprint": "0" * 16}])
 def test_another_progress_is_begun_again(tmp_path, folder_of_two, monkeypatch, capsys, changes):
     """progress.json of more tokens than there are, or of another source."""
     dataset, whole = folder_of_two
@@ -507,9 +719,10 @@ def test_a_stream_keeps_its_vocabulary_when_gpt2_appears_half_way(tmp_path, fold
     assert same(data.load(dataset, tmp_path / "data", max_tokens=10**6), whole)
 
 
-def test_one_long_document_is_divided_as_in_memory(tmp_path):
-    dataset = write(tmp_path, ".txt", ["".join(DOCUMENTS)])
-    assert same(data.load(dataset, tmp_path / "data", max_tokens=10**6), data.load(dataset, tmp_path / "data"))
+def test_max_tokens_holds_for_the_standard_library_too(tmp_path):
+    corpus = data.load("stdlib", tmp_path, max_tokens=20_000)
+    assert 20_000 <= sum(map(len, corpus.tokens.values())) < 100_000
+    assert corpus.name == "stdlib-20000"
 
 
 def test_token_ids_come_through_as_they_are(tmp_path):
@@ -541,6 +754,78 @@ def test_token_ids_that_cannot_be_stored(tmp_path, ids, message):
 )
 def test_names_of_token_folders(dataset, max_tokens, name):
     assert data.name_of(dataset, max_tokens, "0123456789abcdef") == name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text of a run
+
+
+def saved(corpus, dataset):
+    config = {"dataset": dataset, "data_dir": str(corpus.folder.parent), "max_tokens": 0}
+    return {"config": config} | corpus.of_checkpoint()
+
+
+def test_a_run_finds_its_tokens_when_the_text_has_changed_or_is_gone(tmp_path, monkeypatch):
+    dataset = write(tmp_path, ".jsonl", DOCUMENTS)
+    corpus = data.load(dataset, tmp_path / "data")
+    checkpoint = saved(corpus, dataset)
+    write(tmp_path, ".jsonl", DOCUMENTS[:50])
+    assert same(data.of_run("run", checkpoint), corpus)
+    os.unlink(dataset)
+    assert same(data.of_run("run", checkpoint), corpus) and data.of_run("run", checkpoint).name == corpus.name
+    os.rename(tmp_path / "data", tmp_path / "moved")
+    with pytest.raises(UserError, match="set.jsonl' does not exist"):
+        data.of_run("run", checkpoint)
+    assert same(data.of_run("run", checkpoint, str(tmp_path / "moved")), corpus)
+
+
+def test_a_run_makes_its_tokens_anew_and_sees_whether_they_are_the_same(tmp_path):
+    dataset = write(tmp_path, ".jsonl", DOCUMENTS)
+    corpus = data.load(dataset, tmp_path / "data")
+    checkpoint = saved(corpus, dataset)
+    assert same(data.of_run("run", checkpoint, str(tmp_path / "other")), corpus)
+    write(tmp_path, ".jsonl", DOCUMENTS[:-1] + ["another one"])
+    with pytest.raises(UserError) as error:
+        data.of_run("run", checkpoint, str(tmp_path / "third"))
+    (third,) = (tmp_path / "third").iterdir()
+    found = f"those in {third} have the digest {data.open_tokens(third).digest}, not {corpus.digest}"
+    assert str(error.value) == f"run: its text, {dataset!r}, has changed since that run: {found}"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_other_token_anywhere_is_seen(tmp_path, split):
+    dataset = write(tmp_path, ".jsonl", DOCUMENTS)
+    corpus = data.load(dataset, tmp_path / "data")
+    checkpoint = saved(corpus, dataset)
+    file = corpus.folder / f"{split}.bin"
+    tokens = np.fromfile(file, np.uint16)
+    tokens[len(tokens) // 2] += 1
+    tokens.tofile(file)
+    with pytest.raises(UserError, match="has changed since that run"):
+        data.of_run("run", checkpoint)
+
+
+def test_two_processes_tokenise_a_set_once(tmp_path, capsys):
+    """The second waits for the first, and then finds what it made."""
+    dataset, corpora = write(tmp_path, ".jsonl", DOCUMENTS), []
+    name = data.name_of(dataset, 0, data.fingerprint(dataset))
+    lock = tmp_path / "data" / (name + run.LOCK)
+    lock.parent.mkdir()
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 1 on moon")
+        file.flush()
+        second = threading.Thread(target=lambda: corpora.append(data.load(dataset, tmp_path / "data")))
+        second.start()
+        time.sleep(0.5)
+        assert not corpora and [path.name for path in lock.parent.iterdir()] == [lock.name]
+        tokenise.tokenise(dataset, name, tmp_path / "data" / name, data.fingerprint(dataset))
+        made = (tmp_path / "data" / name / "train.bin").stat().st_mtime_ns
+        lock.unlink()  # as the first does when it ends
+    second.join(10)
+    assert corpora[0].name == name and (corpora[0].folder / "train.bin").stat().st_mtime_ns == made
+    assert "is being written by process 1 on moon: waiting until it is done" in capsys.readouterr().out
+    assert [path.name for path in lock.parent.iterdir()] == [name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
