@@ -67,9 +67,8 @@ class CITransformer(nn.Module):
     """
 
     def __init__(
-        self, d_ins: list[int], C: int, d_ci: int = 128, n_layer: int = 2, n_head: int = 4, d_mlp: int = 512,
-        memory_budget: float = 1.0,
-    ) -> None:  # fmt: skip
+        self, d_ins: list[int], C: int, d_ci: int, n_layer: int, n_head: int, d_mlp: int, memory_budget: float = 1.0
+    ) -> None:
         super().__init__()
         if d_ci % (2 * n_head):
             raise UserError(f"d_ci={d_ci}: RoPE needs a multiple of 2 * n_head={2 * n_head}")

@@ -74,7 +74,8 @@ class Method:
     def __post_init__(self) -> None:
         require(self, "above 0", "S", "n_adv", "B", "steps", "lr", "adv_lr", "clip", "p_start", "p_end", "faith_lr")
         require(self, "0 or above", "seed", "beta_adv", "beta_stoch", "beta_imp", "beta_freq", "beta_delta")
-        require(self, "0 or above", "faith_steps", "leak", "adv_warmup", "lr_warmup", "lr_end")
+        require(self, "0 or above", "faith_steps")
+        require(self, "between 0 and 1", "leak", "adv_warmup", "lr_warmup", "lr_end")
         if self.beta_adv == self.beta_stoch == 0:
             raise UserError("beta_adv=0 and beta_stoch=0: without a reconstruction loss nothing is ever important")
 
@@ -111,8 +112,7 @@ class Config(Method):
         super().__post_init__()
         require(self, "above 0", "d_ci", "n_head_ci", "d_mlp_ci", "T", "log_every", "save_every", "eval_windows")
         require(self, "0 or above", "n_layer_ci", "max_tokens", "eval_every", "report_tokens")
-        if not 0 <= self.memory_budget <= 1:
-            raise UserError(f"memory_budget={self.memory_budget}: must lie between 0 and 1")
+        require(self, "between 0 and 1", "memory_budget")
         run.check_wandb(self.wandb)
         parse_counts("C", self.C)
 
@@ -310,24 +310,29 @@ def trial(config: Config, gpt: GPTConfig, device: torch.device, compiled: bool =
     return [lambda: vpd.train_step(x), opened.one_window]
 
 
+@run.claims()
 def train(config: Config) -> Path | None:
     """Decompose, saving on the way; the run folder, in the first process. What training held is free afterwards."""
     # Settings, processes, device
     saved, folder = None, Path(config.resume)
     if config.resume:
         run.check_unchanged(config, config.defaults(), MAY_CHANGE)
-        if (folder / "state.pt").exists() or (folder / "checkpoint.pt").exists():  # else it ended before its first save
-            saved = run.load_checkpoint(folder / "state.pt", "decomposition in training")
     device = run.pick_device(distributed.start(config.device))
     processes, first = run.check_processes(config.B, config.shard), distributed.rank() == 0  # the first one writes
+    if config.resume:
+        if first:
+            run.claim(folder)
+        if (folder / "state.pt").exists() or (folder / "checkpoint.pt").exists():  # else it ended before its first save
+            saved = run.load_checkpoint(folder / "state.pt", "decomposition in training")
 
     # Text and target
     with distributed.first_process_first():  # it tokenises the text and trains the target, if they are not there
-        corpus = data.load(config.dataset, config.data_dir, config.max_tokens)
+        load = lambda: data.load(config.dataset, config.data_dir, config.max_tokens)
+        corpus = data.of_run(folder, saved, config.data_dir) if saved else load()
         corpus.refuse_shorter(config.T)
         if saved:
-            run.check_resumable(config, saved, corpus.digest(), device)
-        elif not config.resume:
+            run.check_resumable(config, saved, device)
+        elif first and not config.resume:
             folder = run.new_folder(config.out, Path(f"out/vpd-{corpus.name}"))
         target_checkpoint = saved["target"] if saved else train_target.find_or_train(config, corpus)
     began = time.time() - (saved["seconds"] if saved else 0)
@@ -342,11 +347,12 @@ def train(config: Config) -> Path | None:
     if first:
         run.write_config(folder, config, device)
     if saved:
-        vpd.load_state_dict(saved["vpd"])
+        with run.built_from(folder / "state.pt"):
+            vpd.load_state_dict(saved["vpd"])
     else:
         print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps")
     about = {"config": asdict(config), "C": vpd.decomposition.C, "gamma": gamma, "target": target_checkpoint}
-    about |= {"device": device.type, "processes": processes, "tokens": corpus.digest()}
+    about |= {"device": device.type, "processes": processes} | corpus.of_checkpoint()
 
     # The loop
     with run.interruptible() as interrupted, run.Log(folder, vpd.step, config) as log:
@@ -389,7 +395,9 @@ def main(config: Config) -> None:
         if config.report_tokens and metrics["live"]["total"]:
             from studies import report  # here, as everything before works without it
 
-            report.report(opened, corpus, report.Config(str(folder), tokens=config.report_tokens))
+            labels = folder / "labels.jsonl"  # of a run that was resumed: what somebody wrote there stays
+            by_hand = str(labels) if labels.exists() else ""
+            report.report(opened, corpus, report.Config(str(folder), tokens=config.report_tokens, labels=by_hand))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import difflib
 import errno
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -24,10 +25,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import typing
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, fields, make_dataclass
+from dataclasses import MISSING, asdict, fields, make_dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import UnionType
@@ -37,6 +39,13 @@ import torch
 from tqdm import tqdm
 
 import distributed
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Flags
@@ -57,7 +66,11 @@ def run_script(
     defaults: gives the Config that the flags change, where its defaults depend on the command line itself.
     """
     try:
-        main(read_flags(Config, doc, sys.argv[1:], defaults))
+        for stream in (sys.stdout, sys.stderr):  # a character that a terminal or a pipe cannot show ends no run
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        with claims():
+            main(read_flags(Config, doc, sys.argv[1:], defaults))
     except UserError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except OSError as error:
@@ -73,6 +86,7 @@ def run_script(
 def read_flags(Config: type, doc: str | None, args: list[str], defaults: Callable[[], Any] | None = None) -> Any:
     """The Config that these arguments make. UserError for an unknown flag or a value that does not fit."""
     types = typing.get_type_hints(Config)
+    args = [home_expanded(arg) for arg in args]
     args = [f"{arg}=True" if lone and bool in kinds(types.get(arg[2:])) else arg for arg, lone in lone_flags(args)]
     try:
         config, unknown = parse(Config, doc, args, **({"default": defaults()} if defaults else {}))
@@ -108,6 +122,12 @@ def script() -> str:
     """What the user typed to get here: "decompose.py", "-m studies.report"."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return Path(sys.argv[0]).name if spec is None else f"-m {spec.name.removesuffix('.__main__')}"
+
+
+def home_expanded(arg: str) -> str:
+    """--out=~/runs as a shell would hand over --out ~/runs."""
+    name, equals, value = arg.partition("=")
+    return name + equals + os.path.expanduser(value) if name.startswith("--") else os.path.expanduser(arg)
 
 
 def lone_flags(args: list[str]) -> list[tuple[str, bool]]:
@@ -156,18 +176,22 @@ def parse_counts(name: str, text: str) -> dict[str, int]:
     counts = {}
     for pair in text.split(","):
         pattern, equals, count = pair.rpartition("=")
-        if not equals or not count.strip().lstrip("-").isdecimal():
+        if not equals or not count.strip().isdecimal() or not 0 < int(count[:20]) < 2**31:
             raise UserError(f"{name}={text!r}: {pair!r} is not PATTERN=COUNT, as in '*.q=64,*.up=248'")
         if counts.setdefault(pattern.strip(), int(count)) != int(count):
             raise UserError(f"{name}={text!r} gives {pattern!r} two counts")
     return counts
 
 
-def require(config: object, what: Literal["above 0", "0 or above"], *names: str) -> None:
-    """UserError, with the name and the value, unless each of these numbers is what it must be, and below 2^63."""
+def require(config: object, what: Literal["above 0", "0 or above", "between 0 and 1"], *names: str) -> None:
+    """UserError, with the name and the value, unless each of these numbers is what it must be, and below 2^63.
+
+    `between 0 and 1` takes both ends. nan is refused.
+    """
     for name in names:
         value = getattr(config, name)
-        if not (abs(value) < 2**63 and (value > 0 if what == "above 0" else value >= 0)):  # nan is refused too
+        fits = {"above 0": value > 0, "0 or above": value >= 0, "between 0 and 1": 0 <= value <= 1}[what]
+        if not (abs(value) < 2**63 and fits):
             raise UserError(f"{name}={value}: must be {what}" + (", and below 2^63" if abs(value) >= 2**63 else ""))
 
 
@@ -278,6 +302,9 @@ def written(path: Path) -> Iterator[Path]:
         settle(temporary)  # before the rename, or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
         settle(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -288,20 +315,105 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+LOCK = ".lock"  # in a folder that is being written; it holds who does
+claimed: dict[Path, int] = {}  # the locks of this process: their paths and open files
+
+
+def claim(folder: Path, beside: bool = False, wait: bool = False) -> None:
+    """Make the folder, if need be, and be its only writer, until the block of `claims` around this ends.
+
+    beside: the lock lies beside the folder, which is then not made. wait: for another process to be done with it.
+    UserError if another one writes to it. The lock is the system's, so that it ends with its process, however that
+    ends; a line says so when a file is left of one that is gone.
+    """
+    lock = (folder.with_name(folder.name + LOCK) if beside else folder / LOCK).absolute()
+    if lock in claimed:
+        return
+    told = False
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # another process has just removed the empty folder
+        got = lock_file(handle)
+        owner = os.read(handle, 1000).decode("utf-8", "replace").strip() if got or os.name != "nt" else "another one"
+        with contextlib.suppress(FileNotFoundError):
+            if got and os.path.samestat(os.fstat(handle), os.stat(lock)):
+                break
+        os.close(handle)  # another process has it, or has just removed it
+        if not got and not wait:
+            raise UserError(f"{folder} is being written by {owner}: wait until it is done, or name another folder")
+        if not got and not told:
+            print(f"{folder} is being written by {owner}: waiting until it is done")
+            told = True
+        time.sleep(0.2)
+    if owner:
+        print(f"{folder}: {owner}, which was writing there, is gone: going on in its place")
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {platform.node()}, since {time.ctime()}".encode(), 0)
+    claimed[lock] = handle
+
+
+def lock_file(handle: int) -> bool:
+    """Whether this process now holds the file alone. Where a file system knows no locks nobody is kept out."""
+    try:
+        if fcntl is None:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+    return True
+
+
+@contextlib.contextmanager
+def claims() -> Iterator[None]:
+    """What is claimed inside is free again afterwards; also a decorator."""
+    before = set(claimed)
+    try:
+        yield
+    finally:
+        for lock in set(claimed) - before:
+            lock.unlink(missing_ok=True)
+            os.close(claimed.pop(lock))
+            with contextlib.suppress(OSError):  # it is not empty, as it should be
+                lock.parent.rmdir()
+
+
+def entries(folder: Path) -> list[str]:
+    """What is in the folder, beside a lock."""
+    return [path.name for path in folder.iterdir() if path.name != LOCK]
+
+
 def new_folder(out: str, usual: Path | None = None) -> Path:
-    """The folder of a new run: `out`, in which nothing may be yet, or without it `usual`, usual-2, usual-3, ..."""
+    """The folder of a new run, claimed: `out`, in which nothing may be yet, or without it `usual`, usual-2, ..."""
     if out:
         folder = Path(out)
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"out={out} is not an empty folder: give another one")
+        claim(folder)
+        if entries(folder):
             unfinished = (folder / "state.pt").exists() or not (folder / "checkpoint.pt").exists()
             go_on = f", or go on with --resume={out}" if (folder / "config.json").exists() and unfinished else ""
             raise UserError(f"out={out} is not an empty folder: give another one{go_on}")
         return folder
-    folder, n = usual, 1
-    while folder.exists():
-        n += 1
-        folder = usual.with_name(f"{usual.name}-{n}")
-    return folder
+    for n in itertools.count(1):
+        folder = usual if n == 1 else usual.with_name(f"{usual.name}-{n}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)  # by one of two processes only
+            claim(folder)
+            return folder
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether `write_config` has written there, or a checkpoint of ours lies there."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    ours = isinstance(config, dict) and {"command", "commit", "hardware", "versions"} <= config.keys()
+    return ours or (folder / "checkpoint.pt").is_file()
 
 
 def write_config(folder: Path, config: Any, device: torch.device) -> None:
@@ -380,18 +492,59 @@ def read_log(folder: Path, steps: float = math.inf) -> list[dict[str, float]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # D. Checkpoints
 
-FORMAT = 1  # of checkpoint.pt and state.pt; raised when a reader of the older one would go wrong
+FORMAT = 2  # of checkpoint.pt and state.pt; raised when a reader of the older one would go wrong
 Kind = Literal["target", "target in training", "decomposition", "decomposition in training", "toy"]
 
 
 def save(path: Path, kind: Kind, content: dict) -> None:
     """Save tensors and plain values. UserError, with the old file whole, if it cannot be written."""
     try:
-        with written(path) as temporary:
-            torch.save({"kind": kind, "format": FORMAT} | content, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with written(path) as temporary, open(temporary, "wb") as file:
+            torch.save(plain({"kind": kind, "format": FORMAT} | content), file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError, behind which the reason is
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         kept = f"; an earlier {path.name} there is still whole" if path.exists() else ""
-        raise UserError(f"cannot save {path} ({str(error).splitlines()[0]}){kept}") from error
+        raise UserError(f"cannot save {path} ({reason}){kept}") from error
+
+
+def plain(content: dict) -> dict:
+    """The same without `Saved`, which no other code could load."""
+    return {key: plain(value) if isinstance(value, dict) else value for key, value in content.items()}
+
+
+class Saved(dict):
+    """What a checkpoint holds; to look up what is missing is a UserError that names it, at any depth."""
+
+    def __init__(self, path: Path, content: dict, within: str = "") -> None:
+        super().__init__(
+            {
+                key: Saved(path, value, f"{within}{key}.") if isinstance(value, dict) else value
+                for key, value in content.items()
+            }
+        )
+        self.path, self.within = path, within
+
+    def __missing__(self, key: str) -> None:
+        raise UserError(f"{self.path} is not whole: it lacks {f'{self.within}{key}'!r}")
+
+
+@contextlib.contextmanager
+def built_from(path: Path) -> Iterator[None]:
+    """Inside, things are built from a checkpoint: what does not fit there is a UserError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if str(path) in str(error):  # of `Saved`
+            raise
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{path} is not whole ({kind}{' '.join(str(error).split())[:300]})") from error
+
+
+def settings(Config: type, saved: dict) -> Any:
+    """The Config that was saved as these values. UserError if one is missing; more than it has are left out."""
+    values = {field.name: saved[field.name] for field in fields(Config)}
+    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def load_checkpoint(path: Path, kind: Kind) -> dict:
@@ -409,26 +562,25 @@ def load_checkpoint(path: Path, kind: Kind) -> dict:
         raise UserError(f"{path} is a checkpoint of kind {found!r}, not {kind!r}")
     number = checkpoint.get("format", 0)
     if number != FORMAT:
-        age = (
-            "an older version of this code: make it anew"
-            if number < FORMAT
-            else "a newer version of this code: update it"
-        )
+        older = isinstance(number, int) and number < FORMAT
+        age = "an older version of this code: make it anew" if older else "a newer version of this code: update it"
         raise UserError(f"{path} has format {number}, not {FORMAT}: it is of {age}")
-    return checkpoint
+    return Saved(path, checkpoint)
 
 
 def resumed_settings(folder: Path, kind: Kind, Config: type) -> Any:
     """The settings of the run to go on with: from its last save, or, if it ended before the first, from config.json."""
-    if (folder / "state.pt").exists() or not (folder / "config.json").exists():
-        saved = load_checkpoint(folder / "state.pt", kind)["config"]
+    path = folder / "config.json"
+    if (folder / "state.pt").exists() or not path.exists():
+        path = folder / "state.pt"
+        saved = load_checkpoint(path, kind)["config"]
     else:
-        saved = json.loads((folder / "config.json").read_text())
+        with built_from(path):
+            saved = Saved(path, json.loads(path.read_text(encoding="utf-8")))
         if not {field.name for field in fields(Config)} <= saved.keys():
             raise UserError(f"resume={folder}: the run that began there is not of {script()}")
-    values = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Config(**values | lists | {"resume": str(folder)})
+    with built_from(path):
+        return replace(settings(Config, saved), resume=str(folder))
 
 
 def check_unchanged(config: Any, saved: Any, may_change: tuple[str, ...]) -> None:
@@ -442,19 +594,15 @@ def check_unchanged(config: Any, saved: Any, may_change: tuple[str, ...]) -> Non
             )
 
 
-def check_resumable(config: Any, saved: dict, tokens: str, device: torch.device) -> None:
-    """UserError if a saved run cannot go on here: another kind of device, other tokens (a digest), too few steps."""
+def check_resumable(config: Any, saved: dict, device: torch.device) -> None:
+    """UserError if a saved run cannot go on here: another kind of device, other processes, too few steps."""
     if saved["device"] != device.type:
         raise UserError(
             f"resume={config.resume}: that run was on {saved['device']}, and its numbers cannot go on on {device.type}"
         )
-    if saved.get("processes", 1) != distributed.world():
+    if saved["processes"] != distributed.world():
         before = f"resume={config.resume}: that run had {saved['processes']} processes"
         raise UserError(f"{before}, and its random numbers cannot go on in {distributed.world()}")
-    if saved["tokens"] != tokens:
-        raise UserError(
-            f"resume={config.resume}: the tokens of its text are not those of that run: the text has changed"
-        )
     if config.steps != saved["config"]["steps"]:
         if config.steps < saved["step"]:
             raise UserError(f"steps={config.steps}: the run in {config.resume} has done {saved['step']} already")
@@ -470,9 +618,9 @@ def check_resumable(config: Any, saved: dict, tokens: str, device: torch.device)
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C or SIGTERM only makes the function it gives return True, so that a step is never cut in half.
+    """Inside, Ctrl-C, SIGTERM or SIGHUP only makes the function it gives return True: no step is ever cut in half.
 
-    A second Ctrl-C raises.
+    A second Ctrl-C raises. SIGHUP is what a closed terminal sends; under nohup it is ignored as before.
     """
     hit = False
 
@@ -482,7 +630,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         hit = True
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        heard.append(signal.SIGHUP)
+    before = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield lambda: hit
     finally:

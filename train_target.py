@@ -79,7 +79,8 @@ class Config:
 
     def __post_init__(self) -> None:
         run.require(self, "above 0", "T", "steps", "B", "lr", "clip", "val_every", "val_windows", "save_every")
-        run.require(self, "0 or above", "seed", "max_tokens", "warmup")
+        run.require(self, "0 or above", "seed", "max_tokens")
+        run.require(self, "between 0 and 1", "warmup")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise UserError(f"adam_betas={self.adam_betas}: both must be in [0, 1)")
         GPTConfig(1, self.T, self.n_layer, self.n_head, self.d_model, self.d_mlp)  # refuses what is no model
@@ -147,6 +148,7 @@ def validation_ce(target: GPT, corpus: data.Corpus, windows: int, device: torch.
     return total.item() / windows
 
 
+@run.claims()
 def main(config: Config) -> Path:
     """Train and save a target; returns its run folder."""
     began, folder = time.time(), Path(config.resume)
@@ -159,10 +161,17 @@ def main(config: Config) -> Path:
             print(f"target: {folder} is finished")
             return folder
         run.check_unchanged(config, config.defaults(), MAY_CHANGE)
-    device = run.pick_device(config.device)
-    corpus = data.load(config.dataset, config.data_dir, config.max_tokens)
+    device, state = run.pick_device(config.device), None
+    if config.resume:
+        run.claim(folder)
+        if (folder / "state.pt").exists():
+            state = run.load_checkpoint(folder / "state.pt", "target in training")
+    load = lambda: data.load(config.dataset, config.data_dir, config.max_tokens)
+    corpus = data.of_run(folder, state, config.data_dir) if state else load()
     corpus.refuse_shorter(config.T)
-    if not config.resume:
+    if state:
+        run.check_resumable(config, state, device)
+    elif not config.resume:
         folder = run.new_folder(config.out or str(default_folder(config, corpus)))
 
     torch.manual_seed(config.seed)
@@ -170,12 +179,11 @@ def main(config: Config) -> Path:
     target = GPT(gpt).to(device)
     optimizer = torch.optim.Adam(target.parameters(), lr=config.lr, betas=config.adam_betas, fused=True)
     first = 0
-    if config.resume and (folder / "state.pt").exists():
-        state = run.load_checkpoint(folder / "state.pt", "target in training")
-        run.check_resumable(config, state, corpus.digest(), device)
-        target.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, began = state["step"], began - state["seconds"]
+    if state:
+        with run.built_from(folder / "state.pt"):
+            target.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            first, began = state["step"], began - state["seconds"]
     run.write_config(folder, config, device)
     size = sum(weight.numel() for weight in target.parameters())
     print(f"target: {size:,} parameters, {config.steps} steps of {config.B} x {config.T} tokens, on {device}")
@@ -203,7 +211,8 @@ def main(config: Config) -> Path:
                 log(row)
                 bar.set_postfix({name: f"{row[name]:.3f}" for name in ("train_ce", "val_ce")}, refresh=False)
             if saving:
-                state = {"config": asdict(config), "device": device.type, "tokens": corpus.digest(), "step": step + 1}
+                state = {"config": asdict(config), "device": device.type, "processes": 1, "step": step + 1}
+                state |= corpus.of_checkpoint()
                 state |= {"model": target.state_dict(), "optimizer": optimizer.state_dict()}
                 run.save(folder / "state.pt", "target in training", state | {"seconds": time.time() - began})
             if stop and not last:
@@ -218,7 +227,8 @@ def main(config: Config) -> Path:
     rows, seconds = run.read_log(folder), time.time() - began
     curve = [[row["tokens"], row["val_ce"]] for row in rows]  # eval.py reads pretraining compute recovered from it
     trained = {"config": asdict(config), "gpt": asdict(gpt), "model": target.state_dict(), "curve": curve}
-    run.save(folder / "checkpoint.pt", "target", trained | {"vocabulary": corpus.vocabulary, "seconds": seconds})
+    trained |= {"vocabulary": corpus.vocabulary, "seconds": seconds} | corpus.of_checkpoint()
+    run.save(folder / "checkpoint.pt", "target", trained)
     (folder / "state.pt").unlink(missing_ok=True)  # only now that the target is whole
     about = f"after {rows[-1]['tokens']:,} tokens, {seconds:.0f} s; saved in {folder}"
     print(f"target: validation CE {rows[-1]['val_ce']:.4f} nats a token {about}")
@@ -241,7 +251,7 @@ def generate(f: Callable[[Tensor], Tensor], tokens: Tensor, n: int, context: int
 
 def build_target(checkpoint: dict) -> GPT:
     """The trained target of a checkpoint of this script."""
-    target = GPT(GPTConfig(**checkpoint["gpt"]))
+    target = GPT(run.settings(GPTConfig, checkpoint["gpt"]))
     target.load_state_dict(checkpoint["model"])
     return target
 
@@ -264,7 +274,10 @@ def find_or_train(config: Any, corpus: data.Corpus) -> dict:
         wanted = replace(Config(scale=config.scale, dataset=config.dataset).defaults(), **same)
         folder = default_folder(wanted, corpus)
         if not (folder / "checkpoint.pt").exists():
-            main(replace(wanted, resume=str(folder) if (folder / "config.json").exists() else ""))
+            with run.claims():
+                run.claim(folder, wait=True)  # another process may be training it
+                if not (folder / "checkpoint.pt").exists():
+                    main(replace(wanted, resume=str(folder) if (folder / "config.json").exists() else ""))
     checkpoint = run.load_checkpoint(folder / "checkpoint.pt", "target")
     context = checkpoint["gpt"]["context"]
     if config.T > context:

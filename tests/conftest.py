@@ -1,5 +1,7 @@
 """What the tests share: a tiny target f(x | W), a batch, its decomposition; one tiny corpus, target and run for all."""
 
+import contextlib
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from tiny import TINY_TARGET, config
 
 import cost
 import decompose
+import run
 import tokenise
 import train_target
 from model import GPT, Decomposition, GPTConfig
@@ -82,6 +85,23 @@ def session_whole(session_home) -> Path:
 def whole(home, session_whole) -> Path:
     """A finished run of decompose.py, with its report: not to be changed, copy it."""
     return session_whole
+
+
+@pytest.fixture
+def held():
+    """held(folder): inside, another process has claimed the folder."""
+
+    @contextlib.contextmanager
+    def held(folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / run.LOCK, "w") as lock:  # the system tells open files apart, not processes
+            lock.write("process 1 on moon")
+            lock.flush()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        (folder / run.LOCK).unlink(missing_ok=True)
+
+    return held
 
 
 @pytest.fixture(autouse=True)

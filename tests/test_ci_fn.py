@@ -96,7 +96,7 @@ def test_parameter_count(gamma):
 
 def test_heads_must_divide_d_ci_into_pairs():
     with pytest.raises(UserError, match="d_ci=20: RoPE needs a multiple of 2 [*] n_head=6"):
-        CITransformer(d_INS, C, d_ci=20, n_head=3)
+        CITransformer(d_INS, C, d_ci=20, n_layer=1, n_head=3, d_mlp=8)
 
 
 def test_units_are_all_of_it_in_order(gamma):

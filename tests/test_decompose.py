@@ -266,11 +266,14 @@ def test_naive_step_is_the_same_step(home):
 
 
 def test_bf16_autocast_stays_near_fp32(home, monkeypatch):
-    """As on a GPU, here on the CPU: after 50 steps from one state each loss is within 1 % of fp32's."""
+    """As on a GPU, here on the CPU: after 50 steps from one state each loss is within 1 % of fp32's.
+
+    Of a longer run: at its end few importances are left, and p = 0.4 makes the penalties steep next to g = 0.
+    """
     rows = []
     for half in (False, True):
         monkeypatch.setattr(run, "bf16", lambda device: half)
-        vpd, x = tiny_vpd(home, steps=50)
+        vpd, x = tiny_vpd(home, steps=2000, B=16)
         for _ in range(50):
             row = vpd.train_step(x)
         rows.append({name: value.item() for name, value in row.items()})
@@ -418,7 +421,7 @@ BAD = [
     ("decompose", "--setps=3", "did you mean --steps"),
     ("decompose", "--steps=many", "many"),
     ("decompose", "--C=*.nothing=4", "'*.nothing' matches no nn.Linear"),
-    ("decompose", "--C=*.q=0", "C=0"),
+    ("decompose", "--C=*.q=0", "'*.q=0' is not PATTERN=COUNT"),
     ("decompose", "--C=12", "PATTERN=COUNT"),
     ("decompose", "--C=*=2,*=3", "two counts"),
     ("decompose", "--T=17", "T=17: the context of the target in target is 16"),
@@ -444,7 +447,7 @@ BAD = [
     ("eval", "truncated", "not a whole checkpoint"),
     ("eval", "text", "holds no checkpoint.pt"),
     ("eval", "foreign", "checkpoint of kind 'target', not 'decomposition'"),
-    ("eval", "newer", "has format 99, not 1: it is of a newer version"),
+    ("eval", "newer", "has format 99, not 2: it is of a newer version"),
     ("eval", "", "needs RUN"),
     ("eval", "whole --against=target", "evaluate that run first"),
     ("eval", "whole --windows=0", "windows=0"),
@@ -505,7 +508,7 @@ def test_another_vocabulary_is_refused(home):
 
 def test_a_bug_of_ours_keeps_its_traceback(home, monkeypatch):
     """A forker's shape error is no user's mistake."""
-    monkeypatch.setattr(losses, "mask", lambda g, r: g)
+    monkeypatch.setattr(model, "masked_product", lambda x, Wx, m, m_Delta, U, V: m_Delta * Wx + U)
     monkeypatch.setattr(sys, "argv", ["decompose.py", "--dataset=text", "--target=target", "--out=bug", *flags(TINY)])
     with pytest.raises(RuntimeError):
         run.run_script(decompose.main, decompose.Config, None)

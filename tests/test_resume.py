@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiny import TINY, TINY_TARGET, config, flags, resumed, tensors
 
 import data
 import decompose
+import eval as evaluation
 import run
 import train_target
 from run import UserError
@@ -143,8 +145,11 @@ def test_steps_logging_and_what_helps_when_memory_is_short_may_change(home, caps
 
 
 def test_other_tokens_are_refused(half, monkeypatch):
-    monkeypatch.setattr(data.Corpus, "digest", lambda self: "0" * 16)
-    with pytest.raises(UserError, match="the tokens of its text are not those of that run"):
+    monkeypatch.setattr(data.Corpus, "digest", "0" * 16)
+    changed = (
+        "half: its text, 'text', has changed since that run: those in data/text-.* have the digest 0000000000000000"
+    )
+    with pytest.raises(UserError, match=changed):
         decompose.train(resumed(half, steps=9))
 
 
@@ -154,3 +159,37 @@ def test_a_run_reduced_to_what_readers_open_cannot_go_on(home, whole):
         (home / "reduced" / name).write_bytes((whole / name).read_bytes())
     with pytest.raises(UserError, match="'reduced' holds no state.pt"):
         decompose.train(resumed("reduced", steps=9))
+
+
+def test_a_folder_that_is_being_written_is_refused(home, half, held):
+    with held(home / half), pytest.raises(UserError, match="^half is being written by process 1 on moon: wait until"):
+        decompose.train(resumed(half, steps=9))
+    with held(home / "taken"), pytest.raises(UserError, match="^taken is being written by process 1 on moon"):
+        decompose.train(config(out="taken"))
+    with held(home / "taken"), pytest.raises(UserError, match="^taken is being written by process 1 on moon"):
+        train_target.main(train_target.Config(dataset="text", out="taken", **TINY_TARGET))
+
+
+def test_a_run_goes_on_when_its_text_is_gone(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / "text", "mine")
+    train_target.main(train_target.Config(dataset="mine", out="target", **TINY_TARGET))
+    decompose.train(config(dataset="mine", out="run", steps=4))
+    shutil.rmtree("mine")
+    decompose.train(resumed("run", steps=6))
+    opened, corpus = evaluation.open_run("run")
+    assert opened.checkpoint["step"] == 6 and corpus.digest == opened.checkpoint["tokens"]
+    (Path("data") / opened.checkpoint["tokens_folder"] / "val.bin").unlink()
+    with pytest.raises(UserError, match="dataset 'mine' does not exist"):
+        evaluation.open_run("run")
+
+
+def test_the_labels_that_somebody_wrote_stay_when_a_run_is_resumed(home, whole):
+    shutil.copytree(whole, home / "labelled")
+    labels = home / "labelled" / "labels.jsonl"
+    first, *rest = labels.read_text(encoding="utf-8").splitlines()
+    name = json.loads(first)["name"]
+    labels.write_text("\n".join([json.dumps(json.loads(first) | {"label": "mine"}), *rest]) + "\n", encoding="utf-8")
+    decompose.main(resumed("labelled", steps=9, report_tokens=64))
+    written = {row["name"]: row["label"] for row in map(json.loads, labels.read_text(encoding="utf-8").splitlines())}
+    assert written[name] == "mine"

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -392,19 +393,25 @@ def test_a_settled_file_leaves_no_handle_open(tmp_path, monkeypatch):
     assert len(closed) == 1
 
 
-def test_new_folder_by_default_is_the_first_free_number(tmp_path):
+@pytest.fixture
+def free():
+    """What a test claims is free again after it."""
+    with run.claims():
+        yield
+
+
+def test_new_folder_by_default_is_the_first_free_number(tmp_path, free):
     usual = tmp_path / "out" / "vpd"
     assert run.new_folder("", usual) == usual
-    for taken, free in [("vpd", "vpd-2"), ("vpd-2", "vpd-3"), ("vpd-4", "vpd-3"), ("vpd-3", "vpd-5")]:
-        (tmp_path / "out" / taken).mkdir(parents=True)
-        assert run.new_folder("", usual) == tmp_path / "out" / free
-    assert len([*tmp_path.rglob("*")]) == 5  # nothing was made but by this test
+    (tmp_path / "out" / "vpd-3").mkdir()
+    for name in ("vpd-2", "vpd-4", "vpd-5"):
+        assert run.new_folder("", usual) == tmp_path / "out" / name
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["vpd", "vpd-2", "vpd-3", "vpd-4", "vpd-5"]
 
 
-def test_a_folder_that_is_named_must_be_empty_or_not_there(tmp_path):
+def test_a_folder_that_is_named_must_be_empty_or_not_there(tmp_path, free):
     out = tmp_path / "mine"
-    assert run.new_folder(str(out)) == out
-    out.mkdir()
+    assert run.new_folder(str(out)) == out and out.is_dir()
     assert run.new_folder(str(out)) == out
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError) as error:
@@ -412,6 +419,93 @@ def test_a_folder_that_is_named_must_be_empty_or_not_there(tmp_path):
     assert str(error.value) == f"out={out} is not an empty folder: give another one"
     with pytest.raises(UserError, match="notes.txt is not an empty folder"):
         run.new_folder(str(out / "notes.txt"))
+
+
+def test_a_folder_that_nothing_was_written_to_is_gone_again(tmp_path):
+    with run.claims():
+        run.new_folder(str(tmp_path / "a"))
+        (run.new_folder(str(tmp_path / "b")) / "config.json").write_text("{}")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["b", "b/config.json"]
+
+
+# Claims a folder, says so, and then waits for a line, or goes on with the second argument as a flag of `claim`.
+CLAIM = """
+import sys; sys.path.insert(0, {code!r})
+import run
+from pathlib import Path
+try:
+    with run.claims():
+        run.claim(Path(sys.argv[1]), **{{flag: True for flag in sys.argv[2:]}})
+        print("mine", flush=True)
+        sys.stdin.readline()
+except run.UserError as error:
+    print(error, flush=True)
+"""
+
+
+def claiming(folder, *flags):
+    code = CLAIM.format(code=str(Path(run.__file__).parent))
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_one_writer_a_folder(tmp_path):
+    folder = tmp_path / "a"
+    first = claiming(folder)
+    assert first.stdout.readline() == "mine\n"
+    owner = f"process {first.pid} on .*, since .*"
+    assert re.fullmatch(f"{folder} is being written by {owner}: .*\n", claiming(folder).stdout.readline())
+    assert claiming(tmp_path / "b").stdout.readline() == "mine\n"
+    waits = claiming(folder, "wait")
+    assert re.fullmatch(f"{folder} is being written by {owner}: waiting until it is done\n", waits.stdout.readline())
+    first.communicate("\n")
+    assert waits.stdout.readline() == "mine\n"
+    waits.communicate("\n")
+    assert not folder.exists()  # nothing was written
+
+
+def test_of_a_writer_that_was_killed_the_folder_is_taken_over_with_a_line(tmp_path, free, capsys):
+    killed = claiming(tmp_path)
+    assert killed.stdout.readline() == "mine\n"
+    killed.kill()
+    killed.wait()
+    run.claim(tmp_path)
+    gone = f"{tmp_path}: process {killed.pid} on .*, since .*, which was writing there, is gone: going on in its place"
+    assert re.fullmatch(gone + "\n", capsys.readouterr().out)
+    assert f"process {os.getpid()} on" in (tmp_path / run.LOCK).read_text()
+    assert run.new_folder(str(tmp_path)) == tmp_path  # a lock is not what makes a folder full
+
+
+def test_a_lock_that_a_reboot_left_whose_number_another_process_has_now(tmp_path, free, capsys):
+    (tmp_path / run.LOCK).write_text(f"process {os.getpid()} on here, since yesterday")
+    run.claim(tmp_path)
+    assert "is gone: going on in its place" in capsys.readouterr().out
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, free, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "no locks")
+
+    monkeypatch.setattr(run.fcntl, "flock", refuse)
+    run.claim(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files, ours",
+    [
+        ({"config.json": json.dumps({"command": "", "commit": "", "hardware": "", "versions": {}})}, True),
+        ({"checkpoint.pt": ""}, True),
+        ({"config.json": json.dumps({"command": ""})}, False),
+        ({"config.json": "{"}, False),
+        ({"config.json": "[1]"}, False),
+        ({}, False),
+    ],
+)
+def test_a_run_folder_is_told_from_others(tmp_path, files, ours):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert run.is_run_folder(tmp_path) == ours
 
 
 @pytest.mark.parametrize(
@@ -424,7 +518,7 @@ def test_a_folder_that_is_named_must_be_empty_or_not_there(tmp_path):
         (["state.pt"], False),  # no run of ours
     ],
 )
-def test_a_taken_folder_is_offered_to_go_on_with_if_it_is_unfinished(tmp_path, files, resumable):
+def test_a_taken_folder_is_offered_to_go_on_with_if_it_is_unfinished(tmp_path, free, files, resumable):
     for name in files:
         (tmp_path / name).write_text("")
     with pytest.raises(UserError) as error:
@@ -576,23 +670,49 @@ def test_a_checkpoint_with_code_in_it_is_not_run(saved):
     assert refusal(saved).startswith(f"{saved} is not a whole checkpoint (")
 
 
-def test_a_full_disk_keeps_the_earlier_file_and_claims_none_that_is_not_there(saved, monkeypatch):
+@pytest.mark.parametrize("reason", [None, "No space left on device"])
+def test_a_full_disk_keeps_the_earlier_file_and_claims_none_that_is_not_there(saved, monkeypatch, reason):
     before = saved.read_bytes()
 
-    def full(checkpoint, path):
-        Path(path).write_bytes(b"half")
-        raise RuntimeError("PytorchStreamWriter failed writing file\nand a long trace")
+    def full(checkpoint, file):
+        file.write(b"half")
+        try:
+            raise OSError(errno.ENOSPC, reason) if reason else ValueError
+        except (OSError, ValueError):  # torch hides what the disk says behind an error of its own
+            raise RuntimeError("unexpected pos 704 vs 598\nand a long trace")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError) as error:
         run.save(saved, "target", {})
-    why = "(PytorchStreamWriter failed writing file)"
+    why = f"({reason or 'unexpected pos 704 vs 598'})"
     assert str(error.value) == f"cannot save {saved} {why}; an earlier checkpoint.pt there is still whole"
     assert saved.read_bytes() == before
     with pytest.raises(UserError) as error:
         run.save(saved.parent / "state.pt", "target", {})
     assert str(error.value) == f"cannot save {saved.parent / 'state.pt'} {why}"
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    with pytest.raises(OSError) as error, run.written(tmp_path / "metrics.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(error.value) == f"[Errno 28] No space left on device: '{tmp_path}/metrics.json'"
+
+
+def test_what_a_checkpoint_lacks_is_named(saved):
+    run.save(saved, "target", {"config": {"leak": 0.01, "deep": {"a": 1}}, "step": 3})
+    checkpoint = run.load_checkpoint(saved, "target")
+    assert checkpoint["config"]["deep"]["a"] == 1
+    for look_up, name in [
+        (lambda: checkpoint["C"], "C"),
+        (lambda: checkpoint["config"]["T"], "config.T"),
+        (lambda: checkpoint["config"]["deep"]["b"], "config.deep.b"),
+    ]:
+        with pytest.raises(UserError) as error:
+            look_up()
+        assert str(error.value) == f"{saved} is not whole: it lacks {name!r}"
+    run.save(saved, "target", {"config": checkpoint["config"]})  # what was read can be written again
+    assert run.load_checkpoint(saved, "target")["config"] == {"leak": 0.01, "deep": {"a": 1}}
 
 
 def test_a_folder_that_is_gone_is_one_line(saved):
@@ -647,14 +767,14 @@ def test_settings_that_may_change_and_those_that_may_not():
             run.check_unchanged(Resumed(steps=9, **changed), Resumed(), may_change)
 
 
-STATE = {"device": "cpu", "tokens": "f00", "step": 4, "config": {"steps": 8}}
+STATE = {"device": "cpu", "processes": 1, "step": 4, "config": {"steps": 8}}
 
 
 def test_a_run_that_can_go_on(capsys):
-    run.check_resumable(Resumed(), STATE, "f00", CPU)
+    run.check_resumable(Resumed(), STATE, CPU)
     assert capsys.readouterr().out == ""
-    run.check_resumable(Resumed(steps=4), STATE, "f00", CPU)
-    run.check_resumable(Resumed(steps=2000), STATE | {"processes": 1}, "f00", CPU)
+    run.check_resumable(Resumed(steps=4), STATE, CPU)
+    run.check_resumable(Resumed(steps=2000), STATE, CPU)
     printed = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[2].partition(":")[0] for line in printed] == [" 4 steps, not 8", " 2,000 steps, not 8"]
 
@@ -663,14 +783,13 @@ def test_a_run_that_can_go_on(capsys):
     "state, message",
     [
         ({"device": "cuda"}, "resume=out/a: that run was on cuda, and its numbers cannot go on on cpu"),
-        ({"tokens": "f01"}, "resume=out/a: the tokens of its text are not those of that run: the text has changed"),
         ({"processes": 2}, "resume=out/a: that run had 2 processes, and its random numbers cannot go on in 1"),
         ({"step": 9, "config": {"steps": 20}}, "steps=8: the run in out/a has done 9 already"),
     ],
 )
 def test_a_run_that_cannot_go_on(state, message):
     with pytest.raises(UserError) as error:
-        run.check_resumable(Resumed(), STATE | state, "f00", CPU)
+        run.check_resumable(Resumed(), STATE | state, CPU)
     assert str(error.value) == message
 
 
@@ -678,7 +797,7 @@ def test_a_run_that_cannot_go_on(state, message):
 # E. The loop
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_only_sets_a_flag(number):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with run.interruptible() as interrupted:
@@ -688,6 +807,16 @@ def test_a_signal_only_sets_a_flag(number):
         signal.raise_signal(signal.SIGTERM)  # as a queue does again and again
         assert interrupted() is True
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_under_nohup_a_closed_terminal_is_no_end(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run.interruptible() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupted()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_raises_and_the_handlers_are_put_back():

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import shutil
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -75,7 +78,7 @@ def test_settings_of_a_scale():
         (dict(T=0), "T=0: must be above 0"),
         (dict(lr=math.nan), "lr=nan: must be above 0"),
         (dict(clip=math.inf), "clip=inf: must be above 0"),
-        (dict(warmup=-0.1), "warmup=-0.1: must be 0 or above"),
+        (dict(warmup=-0.1), "warmup=-0.1: must be between 0 and 1"),
         (dict(adam_betas=(0.9, 1.0)), r"adam_betas=\(0.9, 1.0\): both must be in"),
         (dict(adam_betas=(math.nan, 0.9)), "both must be in"),
         (dict(n_layer=0), "n_layer=0: must be "),
@@ -369,3 +372,17 @@ def test_another_vocabulary_is_refused(home):
 def test_config_json_of_a_target(home):
     about = json.loads((home / "target/config.json").read_text())
     assert about["dataset"] == "text" and about["steps"] == 12 and about["adam_betas"] == [0.9, 0.95]
+
+
+def test_a_target_that_another_process_trains_is_waited_for(home, elsewhere, held):
+    corpus = data.load("text")
+    folder, found = elsewhere / f"out/target-{corpus.name}-tiny", []
+    with held(folder):
+        waits = threading.Thread(target=lambda: found.append(find_or_train(vpd(), corpus)))
+        waits.start()
+        time.sleep(0.5)
+        assert not found and [path.name for path in folder.iterdir()] == [run.LOCK]
+        shutil.copy(home / "target/checkpoint.pt", folder)  # as the other one does at its end
+        (folder / run.LOCK).unlink()
+    waits.join(10)
+    assert found[0]["curve"] == run.load_checkpoint(home / "target/checkpoint.pt", "target")["curve"]
