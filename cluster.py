@@ -28,7 +28,7 @@ import numpy as np
 import scipy.sparse as sp
 
 import data
-from eval import Run, layer_of, open_run, save_figure, subplots, validation_windows
+from eval import Run, check_mark, layer_of, open_run, save_figure, subplots, validation_windows
 from run import UserError, command, require, run_script, write_text
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,11 +354,11 @@ def describe(i: int, component: dict, on: np.ndarray, tokens: np.ndarray, decode
     return "\n".join(lines)
 
 
-def read_clusters(folder: Path, C: dict[str, int]) -> tuple[dict, np.ndarray, np.ndarray]:
+def read_clusters(folder: Path, C: dict[str, int], mark: str) -> tuple[dict, np.ndarray, np.ndarray]:
     """clusters.json of a run; the component of each of its C subcomponents, [C]; the columns of the live ones, [n].
 
-    Dead subcomponents are components of their own, after the others. C: {matrix: subcomponents}.
-    UserError if the file is not there, not whole or of other subcomponents.
+    Dead subcomponents are components of their own, after the others. C: {matrix: subcomponents}. mark: of the Run.
+    UserError if the file is not there, not whole, of other subcomponents or of another training.
     """
     path = folder / "clusters.json"
     if not path.is_file():
@@ -371,6 +371,7 @@ def read_clusters(folder: Path, C: dict[str, int]) -> tuple[dict, np.ndarray, np
                 labels[name][numbers] = i
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not fit this run ({error!r}): run cluster.py again") from error
+    check_mark(path, clusters, mark, "cluster.py")
     label = np.concatenate(list(labels.values()))
     live, dead = np.flatnonzero(label >= 0), np.flatnonzero(label < 0)
     label[dead] = len(clusters["components"]) + np.arange(len(dead))
@@ -538,7 +539,8 @@ def main(config: Config) -> None:
         return
 
     settings = {name: getattr(config, name) for name in ("tau", "gamma", "tokens", "restarts", "seed")}
-    report = {"command": command(), "alpha": alpha} | settings | {"live": n, "seconds": seconds, "merges": found.cut}
+    report = {"command": command(), "run_mark": run.mark, "alpha": alpha} | settings
+    report |= {"live": n, "seconds": seconds, "merges": found.cut}
     report |= {"cost": found.cost.min(), "cost_of_restarts": found.cost.min(1).tolist()}
     report |= {"cost_curve": found.cost[found.best].tolist(), "components": components}
     write_text(run.folder / "clusters.json", json.dumps(report) + "\n")

@@ -13,6 +13,7 @@
 Left out: probes of particular behaviours; any number that needs more than one run.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -56,12 +57,16 @@ class Config:
     def __post_init__(self) -> None:
         run.require(self, "above 0", "windows")
         run.require(self, "0 or above", "batch", "seed")
-        if not self.steps_of_adversary() or min(self.steps_of_adversary()) < 1:
-            raise UserError(f"adv_steps={self.adv_steps!r}: must be whole numbers above 0, as in 20,80")
+        self.steps_of_adversary()
 
     def steps_of_adversary(self) -> list[int]:
-        steps = self.adv_steps.split(",")
-        return [int(n) for n in steps] if all(n.strip().isdecimal() for n in steps) else []
+        try:
+            steps = [int(n) for n in self.adv_steps.split(",")]
+        except ValueError:
+            steps = [0]
+        if not all(0 < n < 2**63 for n in steps):
+            raise UserError(f"adv_steps={self.adv_steps!r}: must be whole numbers above 0, as in 20,80")
+        return steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,6 +95,14 @@ class Run:
     @property
     def unembedding(self) -> Tensor:
         return self.decomposition.target.unembedding
+
+    @property
+    def mark(self) -> str:
+        """16 hex digits of U, V and Gamma. What is computed from them is written with it, as a folder may train on."""
+        digest = hashlib.sha256()
+        for weight in (*self.decomposition.subcomponents(), *self.ci_fn.state_dict().values()):
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def importances(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -132,19 +145,20 @@ class Run:
 
 def load_run(folder: str | Path, device: torch.device) -> Run:
     """A run folder of decompose.py. UserError if it is not there, broken or foreign."""
-    checkpoint = run.load_checkpoint(Path(folder) / "checkpoint.pt", "decomposition")
-    decomposition = Decomposition(build_target(checkpoint["target"]), checkpoint["C"], ends_in="hidden")
-    decomposition.load_subcomponents(checkpoint["decomposition"])
-    ci_fn = CITransformer(**checkpoint["gamma"])
-    ci_fn.load_state_dict(checkpoint["ci_fn"])
+    path = Path(folder) / "checkpoint.pt"
+    checkpoint = run.load_checkpoint(path, "decomposition")
+    with run.built_from(path):
+        decomposition = Decomposition(build_target(checkpoint["target"]), checkpoint["C"], ends_in="hidden")
+        decomposition.load_subcomponents(checkpoint["decomposition"])
+        ci_fn = CITransformer(**checkpoint["gamma"])
+        ci_fn.load_state_dict(checkpoint["ci_fn"])
     return Run(Path(folder), checkpoint["config"], checkpoint, decomposition.to(device), ci_fn.to(device))
 
 
 def open_run(folder: str | Path, data_dir: str = "", device: str = "auto") -> tuple[Run, data.Corpus]:
-    """A run and its text. UserError as in `load_run` and `data.load`, or if the text has another vocabulary."""
+    """A run and its text. UserError as in `load_run` and `data.of_run`, or if the text has another vocabulary."""
     opened = load_run(folder, run.pick_device(device))
-    c = opened.config
-    corpus = data.load(c["dataset"], data_dir or c["data_dir"], c["max_tokens"])
+    corpus = data.of_run(folder, opened.checkpoint, data_dir)
     check_vocabulary(folder, opened.checkpoint["target"], corpus)
     return opened, corpus
 
@@ -328,10 +342,14 @@ def evaluate(opened: Run, corpus: data.Corpus, config: Config) -> tuple[dict, di
 
     target = opened.checkpoint["target"]
     metrics = {
+        "run_mark": opened.mark,
+        "windows": config.windows,
+        "seed": config.seed,
         "ce": ce,
         "kl": kl,
         "adv_steps": adv_steps,
-        "ce_unrecovered": {mode: gap[mode] / gap["zero"] for mode in MODES},
+        # Without a gap there is nothing to recover: queries and keys, say, where T = 1.
+        "ce_unrecovered": {mode: gap[mode] / gap["zero"] if gap["zero"] else 0.0 for mode in MODES},
         "compute_recovered": {mode: compute_recovered(gap[mode], target["curve"]) for mode in MODES},
         "l0": {"total": l0.sum().item(), "per_matrix": per_matrix(l0)},
         "live": {"total": live.sum().item(), "per_matrix": per_matrix(live), "C": sum(counts)},
@@ -347,17 +365,33 @@ def evaluate(opened: Run, corpus: data.Corpus, config: Config) -> tuple[dict, di
     return metrics, dict(zip(decomposition.names, (part.numpy() for part in mean_g.split(counts))))
 
 
-def read_metrics(folder: str | Path) -> dict:
-    """metrics.json of an evaluated run. UserError if it is not there or not whole."""
+def check_mark(path: Path, found: dict, mark: str, script: str) -> None:
+    """UserError unless what `script` wrote to `path`, in a run's folder, was computed from the weights of this mark."""
+    if found.get("run_mark") != mark:
+        raise UserError(f"{path} is of an earlier training or code than the checkpoint beside it: run {script} again")
+
+
+def read_metrics(folder: str | Path, mark: str = "") -> dict:
+    """metrics.json of an evaluated run. UserError if it is not there, not whole or, if a mark is given, of another."""
     path = Path(folder) / "metrics.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist: evaluate that run first")
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         metrics["constant_r"], [metrics["kl"][f"adversarial_{n}_largest"] for n in metrics["adv_steps"]]
-        return metrics
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a whole metrics.json of eval.py ({type(error).__name__}: {error})") from error
+    if mark:
+        check_mark(path, metrics, mark, "eval.py")
+    return metrics
+
+
+def logged_steps(folder: Path) -> list[dict[str, float]]:
+    """Rows of metrics.jsonl but for those of short evaluations, which have other numbers; none if it cannot be read."""
+    try:
+        return [row for row in run.read_log(folder) if {"total", "l0", "p"} <= row.keys()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,7 +464,6 @@ def save_figure(figure, path: Path) -> None:
 def plot_losses(rows: list[dict], betas: dict[str, float], path: Path) -> None:
     """Each loss times its coefficient, as it enters L_VPD, and L0 and p, over the steps of training."""
     figure, (ax, ax_l0) = subplots(1, 2, (11, 4))
-    rows = [row for row in rows if "total" in row]  # those of a short evaluation have other numbers
     steps = [row["step"] for row in rows]
     for name, beta in (betas | {"total": 1.0}).items():
         if name in rows[0]:
@@ -496,7 +529,8 @@ def plot_ablations(runs: dict[str, dict], path: Path) -> None:
         ax_kl.plot(steps, largest, "o-", color=colour, label=f"{label}: adversarial r, largest of {STARTS} starts")
         ax_kl.axhline(kl["stochastic"], color=colour, lw=1, ls=":", label=f"{label}: r ~ U(0, 1)")
         ax_r.plot(metrics["constant_r"]["r"], metrics["constant_r"]["ce"], "o-", color=colour, label=label)
-    ax_kl.set(xscale="log", yscale="log", xlabel="sign-ascent steps of the adversary")
+    above_0 = any(max(line.get_ydata()) > 0 for line in ax_kl.lines)  # else a log axis has nothing to show
+    ax_kl.set(xscale="log", yscale="log" if above_0 else "linear", xlabel="sign-ascent steps of the adversary")
     ax_kl.set(ylabel="KL(target ‖ masked), nats a token", title="Sources chosen by an adversary")
     ticks = sorted({n for metrics in runs.values() for n in metrics["adv_steps"]})
     ax_kl.set_xticks(ticks, map(str, ticks))
@@ -548,7 +582,10 @@ def report(opened: Run, corpus: data.Corpus, config: Config) -> dict:
 
     figures, c = opened.folder / "figures", opened.config
     betas = {name: c.get(beta, 0.0) for name, beta in BETAS.items()}
-    plot_losses(run.read_log(opened.folder), betas, figures / "losses.png")
+    if rows := logged_steps(opened.folder):
+        plot_losses(rows, betas, figures / "losses.png")
+    else:
+        print(f"losses.png: not drawn, as {opened.folder}/metrics.jsonl holds no step of the training")
     plot_spectrum(mean_g, figures / "spectrum.png")
     x = validation_windows(corpus, 1, c["T"], config.seed)[:, :-1]
     g = opened.importances(x.to(opened.device))[1][0].float().cpu().numpy()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from eval import open_run
 from model import Decomposition, rms_norm
-from run import UserError, run_script
+from run import UserError, require, run_script
 from studies import report
 
 
@@ -44,7 +44,8 @@ class Config:
     keep: str = ""  # folder for the pages; default none is kept
 
     def __post_init__(self) -> None:
-        if not all(n.isdecimal() and int(n) > 0 for n in self.live.split(",")):
+        require(self, "above 0", "tokens")
+        if not all(n.isdecimal() and 0 < int(n) < 10**9 for n in self.live.split(",")):
             raise UserError(f"live={self.live!r}: must be whole numbers, as in 1000,10000")
 
 

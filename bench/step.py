@@ -53,6 +53,8 @@ class Config:
     def __post_init__(self) -> None:
         run.require(self, "above 0", "steps", "scale")
         run.require(self, "0 or above", "B", "T")
+        if self.memory_budget != "auto":
+            run.require(self, "between 0 and 1", "memory_budget")
         if self.scale > 4:
             raise run.UserError(f"scale={self.scale}: must be at most 4")
 

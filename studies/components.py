@@ -389,8 +389,9 @@ class Config:
 def main(config: Config) -> None:
     run, corpus = open_run(config.run, config.data_dir, config.device)
     C = run.decomposition.C
-    clusters, label, live = read_clusters(run.folder, C)
-    report = {"command": command(), "clusters": clusters["command"], "alpha": clusters["alpha"]}
+    clusters, label, live = read_clusters(run.folder, C, run.mark)
+    report = {"command": command(), "run_mark": run.mark}
+    report |= {"clusters": clusters["command"], "alpha": clusters["alpha"]}
     if config.against:
         other, _ = open_run(config.against, config.data_dir, config.device)
         report["stability"] = stability(run, other, corpus, clusters)
@@ -412,15 +413,15 @@ def main(config: Config) -> None:
             shares_of[name] = {what: None if math.isnan(value) else value for what, value in shares.items()}
             printed = "; ".join(f"{what} {value:.4g}" for what, value in shares.items())
             print(f"interactions of {name}, share at 1 or above: {printed}")
-        if drawn:
-            plot_interactions(drawn, run.folder / "figures" / "interactions.png")
-        else:
+        if not drawn:
             print(f"interactions: none, as no matrix with two live subcomponents is called {config.up}")
         report["evaluation"] = evaluate(run, corpus, label, live, config.windows, 0)
         report["interactions"] = shares_of
         print(evaluation_table(report["evaluation"]))
         path = run.folder / "components.json"
     write_text(path, json.dumps(report, indent=2) + "\n")
+    if not config.against and drawn:
+        plot_interactions(drawn, run.folder / "figures" / "interactions.png")
     print(f"written: {path}")
 
 

@@ -16,11 +16,16 @@ Left out: labelling by a language model; subcomponents that are not live.
 """
 
 import base64
+import csv
+import difflib
 import gzip
+import io
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +36,7 @@ import eval as evaluation
 from cluster import read_clusters
 from eval import ALIVE, Run, adversarial_sources, layer_of, masks, mean_importances
 from losses import BETAS, mask
-from run import UserError, read_log, require, run_script, write_text
+from run import UserError, require, run_script, write_text
 from studies import harvest
 from studies.harvest import Examples, Harvest
 
@@ -97,27 +102,45 @@ def short(name: str) -> str:
     return name.removeprefix("blocks.")
 
 
+def rows_of(text: str) -> Iterator[tuple[int, str | dict]]:
+    """The lines of a labels.jsonl that say something, each with its number; or what a spreadsheet makes of them.
+
+    That is every line in quotes, as one cell, or a table with a header, between commas, semicolons or tabs; of the
+    latter {column: cell}.
+    """
+    for delimiter in "" if text.lstrip().startswith("{") else ",;\t":
+        table = csv.DictReader(io.StringIO(text), restval="", delimiter=delimiter)
+        if {"name", "label"} <= set(table.fieldnames or ()):
+            yield from ((table.line_num, row) for row in table if any(row.values()))
+            return
+    for i, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if line:
+            yield i, next(csv.reader([line]))[0] if line.startswith('"') else line
+
+
 def read_labels(path: Path) -> dict[str, dict]:
     """{name: what is written by hand} of a labels.jsonl: `label`, if not empty, and whatever else is not one of OURS.
 
-    UserError for what is not such a file, or says two things of one subcomponent.
+    Or of what a spreadsheet saved of it, see rows_of. UserError for another file, or two labels of one subcomponent.
     """
-    by_hand, must = {}, '{"name": ..., "label": ...}'
+    rows, by_hand, i = [], {}, 0
+    must = '{"name": "...", "label": "..."}, and the file is no table with the columns name and label'
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        for i, row in rows_of(path.read_text(encoding="utf-8-sig")):
+            row = json.loads(row) if isinstance(row, str) else row
+            if any(row.pop(None, ())):
+                raise ValueError("more cells than columns")
+            name, label = row["name"].strip(), "" if row["label"] is None else row["label"].strip()
+            said = {key: value for key, value in (row | {"label": label}).items() if key not in OURS and value != ""}
+            json.dumps(said, ensure_ascii=False).encode()  # half an emoji is no text
+            rows.append((i, name, said))
     except FileNotFoundError:
         raise UserError(f"labels={path} does not exist") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"labels={path} is not UTF-8 ({error})") from error
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, label = str(row["name"]), row["label"].strip()
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"labels={path}: line {i} is not {must} ({type(error).__name__})") from error
-        said = {key: value for key, value in (row | {"label": label}).items() if key not in OURS and value != ""}
+        raise UserError(f"labels={path} is not UTF-8 ({error}): save it as that") from error
+    except (ValueError, LookupError, TypeError, AttributeError, csv.Error, RecursionError) as error:
+        raise UserError(f"labels={path}: line {i} is not {must} ({type(error).__name__})") from error
+    for i, name, said in rows:
         if said and by_hand.setdefault(name, said) != said:
             raise UserError(f"labels={path}: line {i}: {name} has a label already")
     return by_hand
@@ -147,7 +170,10 @@ def marked(examples: Examples, c: int, strings: list[str], T: int, n: int) -> li
 
 
 def records(names: list[str], by_hand: dict[str, dict], page: dict, arrays: dict, h: Harvest) -> list[dict]:
-    """A line of labels.jsonl for each live subcomponent: all that one needs to say what it is, and `label`."""
+    """A line of labels.jsonl for each live subcomponent: all that one needs to say what it is, and `label`.
+
+    Then what is written by hand of others.
+    """
     strings, rows = page["tokens"], []
     for c, name in enumerate(names):
         matrix = page["matrices"][arrays["matrix"][c]]["full"]
@@ -164,7 +190,7 @@ def records(names: list[str], by_hand: dict[str, dict], page: dict, arrays: dict
             sides = zip(("promotes", "suppresses"), arrays["promoted_token"][c].tolist())
             row |= {side: [strings[t] for t in tokens] for side, tokens in sides}
         rows.append(row)
-    return rows
+    return rows + [{"name": name, "label": ""} | by_hand[name] for name in sorted(by_hand.keys() - names)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,6 +240,14 @@ def pack(page: dict, arrays: dict[str, np.ndarray]) -> str:
     return base64.b64encode(packed).decode()
 
 
+def beside(run: Run, name: str, read: Callable[[], Any]) -> Any:
+    """What is read from a file in the run's folder, or None. If it is there but of no use, a line says why."""
+    try:
+        return read() if (run.folder / name).is_file() else None
+    except UserError as error:
+        print(f"report: the page is without {name}: {error}")
+
+
 def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, dict]:
     """What the page says of the whole run: matrices, the table of eval.py, losses, clusters."""
     C, c = run.decomposition.C, run.config
@@ -222,19 +256,18 @@ def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, dict]:
         | {"l0": of_l0.sum().item()}
         for (name, n), part, of_l0 in zip(C.items(), mean_g.split([*C.values()]), l0.split([*C.values()]))
     ]
-    rows = read_log(run.folder) if (run.folder / "metrics.jsonl").is_file() else []
-    rows = [row for row in rows if "total" in row]  # those of a short evaluation have other numbers
+    rows = evaluation.logged_steps(run.folder)
     rows = rows[:: max(1, -(-len(rows) // 250))]
     betas = {name: c.get(beta, 0.0) for name, beta in BETAS.items()}
     logged = [name for name in ("step", "l0", "p", "total", *betas) if rows and name in rows[0]]
     page = {
         "run": run.folder.resolve().name, "matrices": matrices, "betas": betas, "alive": ALIVE, "clusters": None,
-        "metrics": evaluation.read_metrics(run.folder) if (run.folder / "metrics.json").is_file() else None,
+        "metrics": beside(run, "metrics.json", lambda: evaluation.read_metrics(run.folder, run.mark)),
         "log": {name: [float(f"{row[name]:.4g}") for row in rows] for name in logged},
     }  # fmt: skip
     cluster = np.full(len(mean_g), -1)  # none, or it never fired where they were counted
-    if (run.folder / "clusters.json").is_file():
-        clusters, label, _ = read_clusters(run.folder, C)
+    if found := beside(run, "clusters.json", lambda: read_clusters(run.folder, C, run.mark)):
+        clusters, label, _ = found
         components = [[part["rank"], round(part["fill"], 3), part["frequency"]] for part in clusters["components"]]
         page["clusters"] = {"alpha": clusters["alpha"], "tau": clusters["tau"], "components": components}
         cluster = np.where(label < len(components), label, -1)
@@ -286,7 +319,7 @@ class Config:
     examples: int = 16  # windows of each kind, top and random, of each; fewer for more than 3,750 subcomponents
     prompt: tuple[str, ...] = ()  # a text to look at position by position; may be given several times
     val_prompts: int = 6  # such texts from the validation text
-    labels: str = ""  # a labels.jsonl with its labels filled in, to show on the page
+    labels: str = ""  # a labels.jsonl, or a spreadsheet's table of it, with labels filled in, to show on the page
     out: str = ""  # folder for report.html and labels.jsonl; default the run folder
     seed: int = 0  # of the text, the random examples and the masks
     data_dir: str = ""  # where token files are kept; default as in the run
@@ -307,9 +340,9 @@ def evaluated_importances(run: Run, corpus: data.Corpus) -> tuple[Tensor, ...]:
     return tuple((sum(len(x) * part.double() for x, part in zip(parts, of)) / n).float() for of in means)
 
 
-def live_names(run: Run, live: np.ndarray) -> list[str]:
-    """Names of the columns `live` among all C, as in the page's links: "1.mlp.up:23"."""
-    columns = harvest.columns_of(live, run.decomposition.C)
+def names_of(run: Run, columns: np.ndarray) -> list[str]:
+    """Names of the columns among all C, as in the page's links: "1.mlp.up:23"."""
+    columns = harvest.columns_of(columns, run.decomposition.C)
     return [f"{short(name)}:{c}" for name, numbers in zip(run.decomposition.names, columns) for c in numbers]
 
 
@@ -325,10 +358,12 @@ def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
         seen = f"{run.config['eval_windows'] * run.config['T']:,} validation tokens"
         why = f"none of {len(mean_g):,} has a mean g above {ALIVE:g} over {seen}"
         raise UserError(f"{run.folder}: no live subcomponent: {why}; train longer, or with a smaller beta_imp")
-    names = live_names(run, live)
+    names, every = names_of(run, live), names_of(run, np.arange(len(mean_g)))
     by_hand = read_labels(Path(config.labels)) if config.labels else {}
-    for name in by_hand.keys() - names:
-        raise UserError(f"{config.labels}: {name!r} is no live subcomponent of this run; names are like {names[0]}")
+    for name in sorted(by_hand.keys() - every):
+        near = difflib.get_close_matches(name.lower(), every, 1) or names
+        raise UserError(f"labels={config.labels}: {name!r} is no subcomponent of this run; names are like {near[0]}")
+    dead = by_hand.keys() - names
     lose_nothing(folder, by_hand)  # before the minutes that the rest may take
     prompts = read_prompts(run, corpus, config.prompt, config.val_prompts, config.seed)
     page, arrays = of_the_run(run, mean_g, l0)
@@ -353,6 +388,8 @@ def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
     write_text(labels, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     size, seconds = f"{path.stat().st_size / 1e6:.1f} MB", f"{time.time() - began:.0f} s"
     print(f"report: {len(live):,} live subcomponents over {h.N:,} tokens, {size}, {seconds}")
+    if dead:
+        print(f"labels: {len(dead)} of subcomponents that are not live are kept in {labels}, but not on the page")
     print(f"labels to fill in: {labels}\nopen {path}")
     return path
 

@@ -1,5 +1,6 @@
 """Clustering: the worked example, the fast loop against brute force at every merge, planted answers, bad input."""
 
+import errno
 import itertools
 import json
 import math
@@ -272,7 +273,9 @@ def clustered(home, clustered_once) -> Path:
 
 def test_clusters_json(clustered):
     report = json.loads((clustered / "clusters.json").read_text())
-    firing = cluster.gather(*open_run("clustered", device="cpu"), 0.01, 500, 0)
+    run, corpus = open_run("clustered", device="cpu")
+    firing = cluster.gather(run, corpus, 0.01, 500, 0)
+    assert report["run_mark"] == run.mark
     members = [[(name, c) for name in of["members"] for c in of["members"][name]] for of in report["components"]]
     assert sorted(sum(members, [])) == sorted(firing.names)  # every live one once, no dead one
     assert len(firing.names) == report["live"] == len(report["cost_curve"]) == report["merges"] + len(members)
@@ -326,10 +329,12 @@ def test_clusters_txt_shows_tokens_where_the_component_is_on(clustered):
 def test_read_clusters(tmp_path):
     """Two matrices of 3 and 2; subcomponents 1 and 3 of 0 .. 4 are dead."""
     components = [{"members": {"up": [0], "down": [1]}}, {"members": {"up": [2]}}]
-    (tmp_path / "clusters.json").write_text(json.dumps({"components": components}))
-    clusters, label, live = cluster.read_clusters(tmp_path, {"up": 3, "down": 2})
+    (tmp_path / "clusters.json").write_text(json.dumps({"components": components, "run_mark": "a"}))
+    clusters, label, live = cluster.read_clusters(tmp_path, {"up": 3, "down": 2}, "a")
     assert clusters["components"] == components
     assert label.tolist() == [0, 2, 1, 3, 0] and live.tolist() == [0, 2, 4]
+    with pytest.raises(cluster.UserError, match="clusters.json is of an earlier training .*: run cluster.py again"):
+        cluster.read_clusters(tmp_path, {"up": 3, "down": 2}, "b")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "{}", '{"components": [{"members": [3]}]}',
@@ -337,7 +342,7 @@ def test_read_clusters(tmp_path):
 def test_clusters_that_do_not_fit(tmp_path, text):
     (tmp_path / "clusters.json").write_text(text)
     with pytest.raises(cluster.UserError, match="does not fit this run"):
-        cluster.read_clusters(tmp_path, {"up": 3})
+        cluster.read_clusters(tmp_path, {"up": 3}, "a")
 
 
 @pytest.mark.parametrize("X, alpha", [(np.ones((5, 1)), 10.0), (np.eye(4), 1000.0)])
@@ -370,7 +375,7 @@ def test_a_full_disk_keeps_the_earlier_clusters(clustered, monkeypatch):
 
     def full(self, *args, **kwargs):
         self.write_bytes(b"half")
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)

@@ -87,7 +87,7 @@ def test_the_adversary_has_one_source_a_component_and_gets_what_it_climbs(case):
 def test_evaluate_agrees_with_eval(worth, monkeypatch):
     """Subcomponents: the L0, CE and KL of metrics.json, whose windows are the same."""
     run, corpus = open_run("worth", device="cpu")
-    _, label, live = cluster.read_clusters(run.folder, run.decomposition.C)
+    _, label, live = cluster.read_clusters(run.folder, run.decomposition.C, run.mark)
     monkeypatch.setattr(components, "STEPS", (1,))
     numbers = components.evaluate(run, corpus, label, live, windows=2, seed=0)
     metrics = json.loads((worth / "metrics.json").read_text())
@@ -107,6 +107,7 @@ def test_main_writes_components_json(worth, monkeypatch, capsys):
     monkeypatch.setattr(components, "STEPS", (2,))
     components.main(components.Config(run="worth", windows=2))
     report = json.loads((worth / "components.json").read_text())
+    assert report["run_mark"] == open_run("worth", device="cpu")[0].mark
     assert set(report["evaluation"]) == {"subcomponents", "own masks", "components", "random components"}
     assert set(report["interactions"]) == {"blocks.0.mlp.up", "blocks.1.mlp.up"}
     assert (worth / "figures/interactions.png").exists() and not list(worth.rglob("*.tmp"))
@@ -118,6 +119,16 @@ def test_main_writes_components_json(worth, monkeypatch, capsys):
     monkeypatch.setattr(components, "evaluate", lambda *args: {})
     components.main(components.Config(run="worth", windows=1, up="nothing"))
     assert "no matrix with two live subcomponents is called nothing" in capsys.readouterr().out
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_numbers(worth, monkeypatch):
+    (worth / "components.json").unlink(missing_ok=True)
+    monkeypatch.setattr(components, "evaluate", lambda *args: {})
+    monkeypatch.setattr(components, "evaluation_table", lambda numbers: "")
+    monkeypatch.setattr(components, "plot_interactions", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        components.main(components.Config(run="worth", windows=1))
+    assert json.loads((worth / "components.json").read_text())["interactions"]
 
 
 def test_stability_against_the_run_itself(worth):
@@ -245,10 +256,10 @@ def test_initial_is_where_the_run_started(whole):
 
 @pytest.fixture(scope="module")
 def spoilt(session_home, worth_once) -> None:
-    """The run without clusters.json, with half of one, with one of other subcomponents; and with another target."""
+    """The run without clusters.json, with half of one, of other subcomponents, of another training; another target."""
     checkpoint = session_home / "worth/checkpoint.pt"
     foreign = '{"components": [{"members": {"blocks.0.attn.q": [99]}}]}'
-    for name, text in (("bare", ""), ("broken", '{"components": ['), ("foreign", foreign), ("changed", "")):
+    for name, text in (("bare", ""), ("broken", '{"components": ['), ("alien", foreign), ("changed", "")):
         (session_home / name).mkdir()
         shutil.copy(checkpoint, session_home / name)
         if text:
@@ -256,13 +267,17 @@ def spoilt(session_home, worth_once) -> None:
     changed = torch.load(checkpoint, weights_only=True)
     changed["target"]["model"]["blocks.0.attn.q.weight"] += 1
     torch.save(changed, session_home / "changed/checkpoint.pt")
+    shutil.copytree(session_home / "worth", session_home / "trained-on")
+    changed["decomposition"][next(iter(changed["decomposition"]))] += 1
+    torch.save(changed, session_home / "trained-on/checkpoint.pt")
 
 
 @pytest.mark.parametrize("args, message", [
     (["nowhere"], "run folder 'nowhere' does not exist"),
     (["bare"], "clusters.json does not exist: run cluster.py first"),
     (["broken"], "does not fit this run"),
-    (["foreign"], "does not fit this run"),
+    (["alien"], "does not fit this run"),
+    (["trained-on"], "trained-on/clusters.json is of an earlier training or code than the checkpoint beside it"),
     (["worth", "--against=nowhere"], "run folder 'nowhere' does not exist"),
     (["worth", "--against=changed"], "not a decomposition of the target of worth"),
     (["worth", "--windows=0"], "windows=0"),

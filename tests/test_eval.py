@@ -21,6 +21,7 @@ import data
 import eval as evaluation
 import losses
 import run
+import tokenise
 from ci_fn import CITransformer
 from eval import MODES, adversarial_sources, compute_recovered, evaluate, hidden_mse, masks, mean_importances, table
 from model import Decomposition
@@ -399,7 +400,9 @@ def test_adversaries_of_the_table(opened, windows, metrics):
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_batch_changes_no_number(opened, corpus, metrics, batch):
     other, _ = evaluate(opened, corpus, config(batch=batch))
-    numbers, others = ({k: v for k, v in flat(m).items() if not k.startswith("seconds")} for m in (metrics, other))
+    assert metrics["run_mark"] == other["run_mark"]
+    apart = ("seconds", "run_mark")
+    numbers, others = ({k: v for k, v in flat(m).items() if not k.startswith(apart)} for m in (metrics, other))
     assert others == pytest.approx(numbers, rel=1e-5)
 
 
@@ -453,9 +456,10 @@ def test_evaluating_again_gives_the_same_numbers(whole, tmp_path, capsys, monkey
         monkeypatch.setattr(evaluation, name, lambda *args: drawn.append(args))
     evaluation.main(evaluation.Config(str(again), windows=TINY["eval_windows"], adv_steps="2", against=str(whole)))
     first, second = (evaluation.read_metrics(folder) for folder in (whole, again))
-    for name in ("ce", "l0", "live", "hidden_mse", "constant_r", "compute_recovered", "faithfulness"):
+    for name in ("run_mark", "ce", "l0", "live", "hidden_mse", "constant_r", "compute_recovered", "faithfulness"):
         assert first[name] == second[name]
     assert first["adv_steps"] == [20, 80] and second["adv_steps"] == [2]
+    assert second["windows"] == TINY["eval_windows"] and second["seed"] == 0
     assert table(second, {name: 6 for name in first["l0"]["per_matrix"]}) in capsys.readouterr().out
     assert len(drawn) == 4 and drawn[-1][0] == {str(again): second, str(whole): first}
 
@@ -496,6 +500,12 @@ def test_read_metrics_refuses(tmp_path):
     whole = {"constant_r": {}, "adv_steps": [20], "kl": {"adversarial_20_largest": 1.0}}
     path.write_text(json.dumps(whole))
     assert evaluation.read_metrics(str(tmp_path)) == whole
+    path.write_text(json.dumps(whole | {"run_mark": "a"}))
+    assert evaluation.read_metrics(tmp_path, "a")["run_mark"] == "a"
+    with pytest.raises(
+        UserError, match="is of an earlier training or code than the checkpoint beside it: run eval.py again"
+    ):
+        evaluation.read_metrics(tmp_path, "b")
     older = [
         {name: value for name, value in whole.items() if name != "constant_r"},
         {name: value for name, value in whole.items() if name != "adv_steps"},
@@ -505,6 +515,58 @@ def test_read_metrics_refuses(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match="is not a whole metrics.json of eval.py"):
             evaluation.read_metrics(tmp_path)
+    path.write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match="is not a whole metrics.json of eval.py"):
+        evaluation.read_metrics(tmp_path)
+
+
+def test_a_mark_is_of_U_V_and_Gamma(opened):
+    """Each of their weights changes it, and nothing else."""
+    mark, U, V = opened.mark, opened.decomposition.U, opened.decomposition.V
+    assert re.fullmatch("[0-9a-f]{16}", mark) and copy.deepcopy(opened).mark == mark
+    with torch.no_grad():
+        for weight in (U["blocks.0.attn.q"], V["blocks.1.mlp.down"], opened.ci_fn.out.bias):
+            weight.view(-1)[-1] += 1e-3
+            assert opened.mark != mark
+            weight.view(-1)[-1] -= 1e-3
+            mark = opened.mark
+        opened.unembedding[0] += 1
+    assert opened.mark == mark
+
+
+@pytest.mark.parametrize(
+    "log",
+    [None, b"", b"\xff", b'{"step": 3, "val_l0": 2}\n', b"7\n", b'{"total": 1}\n', b'{"step": 1, "total": 1}\n', b"{"],
+)
+def test_a_run_reduced_to_its_checkpoint(whole, tmp_path, log, monkeypatch, capsys):
+    """It is evaluated all the same, without losses.png; also where metrics.jsonl is not what it should be."""
+    shutil.copy(whole / "checkpoint.pt", tmp_path)
+    if log is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(log)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: (evaluation.read_metrics(whole), {"x.y.q": np.ones(2)}))
+    evaluation.main(evaluation.Config(str(tmp_path), windows=2, batch=2))
+    assert f"not drawn, as {tmp_path}/metrics.jsonl holds no step of the training" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "spectrum.png", "importances.png", "ablations.png"
+    }  # fmt: skip
+    assert (tmp_path / "generations.txt").exists()
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("bias", [0, -1000])
+@pytest.mark.parametrize("only", ["blocks.0.attn.q", "blocks.1.mlp.up"])
+def test_one_subcomponent_of_one_matrix_is_evaluated(gpt, corpus, tmp_path, only, bias, monkeypatch):
+    """Live or dead; and with T = 1 queries make no difference, so that there is no gap of which a share is left."""
+    f, T = Decomposition(gpt, {only: 1}, generator(2), ends_in="hidden"), 1 if only.endswith("q") else 8
+    gamma = CITransformer([V.shape[0] for V in f.V.values()], 1, 16, 1, 2, 16)
+    nn.init.constant_(gamma.out.bias, bias + 0.3)
+    checkpoint = {"target": {"curve": [[1, 2.0]], "seconds": 1.0}, "seconds": 2.0}
+    opened = evaluation.Run(tmp_path, {"leak": 0.01, "T": T}, checkpoint, f, gamma)
+    monkeypatch.setattr(evaluation, "generations", lambda *_: "")
+    ids = dataclasses.replace(corpus, encoding=tokenise.bpe_encoding([b"%d" % i for i in range(50)]))
+    metrics = evaluation.report(opened, ids, config())
+    assert metrics["live"]["total"] == (bias == 0) and all(map(math.isfinite, metrics["ce_unrecovered"].values()))
+    assert (metrics["ce_unrecovered"]["zero"] == 0) == (T == 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -596,7 +658,6 @@ def test_losses_are_drawn_times_their_coefficients(figure):
     names = ["stochastic", "importance", "frequency", "faithfulness"]  # beta_adv = 0 leaves the first one out
     betas = dict(adversarial=0, stochastic=0.5, importance=2, frequency=3, faithfulness=1e5)
     rows = [{"step": i, "total": 9.0, "l0": 9 - i, "p": 2.0} | dict.fromkeys(names, 1.0 + i) for i in range(3)]
-    rows.insert(2, {"step": 1, "val_l0": 3.0})  # a short evaluation
     evaluation.plot_losses(rows, betas, None)
     losses, l0, p = figure()
     assert dict(zip((line.get_label() for line in losses.lines), heights(losses))) == {
@@ -664,4 +725,50 @@ def test_generations_stand_side_by_side(whole):
 
 
 def test_numbers_of_a_run_are_finite(whole):
-    assert all(math.isfinite(value) for value in flat(evaluation.read_metrics(whole)).values())
+    metrics = evaluation.read_metrics(whole)
+    assert len(metrics.pop("run_mark")) == 16
+    assert all(math.isfinite(value) for value in flat(metrics).values())
+
+
+BROKEN = {  # a change to a checkpoint, and what the one line names
+    "no C": (lambda c: c.pop("C"), "it lacks 'C'"),
+    "no leak": (lambda c: c["config"].pop("leak"), "it lacks 'config.leak'"),
+    "no vocabulary": (lambda c: c["target"].pop("vocabulary"), "it lacks 'target.vocabulary'"),
+    "no heads": (lambda c: c["target"]["gpt"].pop("n_head"), "it lacks 'target.gpt.n_head'"),
+    "no width of Gamma": (lambda c: c["gamma"].pop("d_ci"), "d_ci"),
+    "an argument of Gamma too many": (lambda c: c["gamma"].update(colour=1), "colour"),
+    "no tensor of U": (lambda c: c["decomposition"].pop("U:blocks/0/attn/q"), "U:blocks/0/attn/q"),
+    "a tensor of U too many": (lambda c: c["decomposition"].update({"U:x": torch.ones(1)}), "U:x"),
+    "another shape of V": (
+        lambda c: c["decomposition"].update({"V:blocks/0/attn/q": torch.ones(2, 2)}),
+        "size mismatch",
+    ),
+    "no tensor of the target": (lambda c: c["target"]["model"].pop("embed.weight"), "embed.weight"),
+    "a tensor of Gamma too many": (lambda c: c["ci_fn"].update(x=torch.ones(1)), "x"),
+    "a list for a dictionary": (lambda c: c.update(decomposition=[1]), "not whole"),
+    "another count": (lambda c: c["C"].update({"blocks.0.attn.q": 5}), "size mismatch"),
+    "a matrix that is not there": (lambda c: c["C"].update({"blocks.7.attn.q": 5}), "blocks.7.attn.q"),
+    "no digest": (lambda c: c.pop("tokens"), "it lacks 'tokens'"),
+    "a newer format": (lambda c: c.update(format=10**6), "a newer version of this code"),
+    "no format": (lambda c: c.pop("format"), "an older version of this code"),
+    "a format that is a word": (lambda c: c.update(format="new"), "of a newer version"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_checkpoint_that_is_not_whole_is_one_line_that_names_what(whole, tmp_path, what):
+    change, named = BROKEN[what]
+    checkpoint = torch.load(whole / "checkpoint.pt")
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    line = one_line(evaluation, str(tmp_path), "--windows=1", "--adv_steps=1")
+    assert str(tmp_path / "checkpoint.pt") in line and re.search(named, line), line
+
+
+def test_what_is_new_in_a_checkpoint_is_left_alone(whole, tmp_path):
+    checkpoint = torch.load(whole / "checkpoint.pt")
+    checkpoint |= {"new": 1}
+    checkpoint["config"]["new"] = 2
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    opened, _ = evaluation.open_run(tmp_path)
+    assert opened.checkpoint["new"] == 1

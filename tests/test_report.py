@@ -1,8 +1,10 @@
 """The report: every number against a slow computation over all tokens, bad input, labels, the page in a browser."""
 
 import base64
+import csv
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import math
@@ -330,7 +332,7 @@ LABEL = "a </script> label"
 def reported(case, live):
     """The page of the case, with a label of its subcomponent 7, and the names of all."""
     run, corpus = case
-    names, labels = report.live_names(run, live), run.folder / "names.jsonl"
+    names, labels = report.names_of(run, live), run.folder / "names.jsonl"
     labels.write_text(json.dumps({"name": names[7], "label": LABEL, "by": "Ada"}))
     return report.report(run, corpus, settings(labels=str(labels))), names
 
@@ -434,6 +436,7 @@ def test_nothing_written_by_hand_is_lost(case, reported, tmp_path, monkeypatch):
             refused(labels, row(**said), "holds labels: give --labels=", labels=str(other))
         refused(labels, row(label="a") + "\n" + row(label="b"), "line 2: .* has a label already", labels=str(labels))
         refused(labels, row(label="?").replace("?", "é"), "is not UTF-8", labels=str(labels))
+        refused(labels, "name;label\n" + names[0] + ";a\n", "holds labels: give --labels=")
         labels.write_text(row(label="  "))  # is none
         refused(page, "<h1>My notes</h1>", "is no report")
         refused(
@@ -452,6 +455,118 @@ def test_nothing_written_by_hand_is_lost(case, reported, tmp_path, monkeypatch):
     assert labels.read_text() == row(label="written meanwhile") and not page.exists()
 
 
+def cells(rows: list[list[str]], delimiter: str) -> str:
+    """What a spreadsheet saves: a line each, with the ends of Windows, in quotes where they are needed."""
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows(rows)
+    return text.getvalue()
+
+
+HAND = {"label": 'a; "b", é\u2028c', "by": "Ada"}  # what a person wrote of 0.mlp.up:3; 0.mlp.up:4 is still to do
+LINES = [{"name": "0.mlp.up:3", "density": 0.5, "top": ["x,\ny"]} | HAND, {"name": "0.mlp.up:4", "label": "", "by": ""}]
+TABLE = [["name", "top", "label", "by"], ["0.mlp.up:3", "['x,\ny']", *HAND.values()], ["0.mlp.up:4", "", "", ""]]
+JSON = "".join(json.dumps(row) + "\n" for row in LINES)
+SAVED = {
+    "as it was": JSON,
+    "byte order mark, lines of Windows": "\ufeff" + JSON.replace("\n", "\r\n"),
+    "blank lines": "\n" + JSON.replace("\n", "\n \n\n"),
+    "compact": "".join(json.dumps(row, separators=(",", ":"), ensure_ascii=False) + "\n" for row in LINES),
+    "null": JSON.replace('"label": ""', '"label": null'),
+    "twice": JSON + JSON.replace(HAND["by"], "Ada"),
+} | {
+    f"{what} {delimiter!r}": "\ufeff" + cells(rows, delimiter)
+    for delimiter in ",;\t"
+    for what, rows in (
+        ("cells", [[json.dumps(row)] for row in LINES]), ("table", TABLE),
+        ("wide table", [[*row, "", ""] for row in TABLE] + [[""] * 6]),
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SAVED)
+def test_labels_of_other_tools_are_read(tmp_path, how):
+    path = tmp_path / "labels"
+    path.write_bytes(SAVED[how].encode())
+    assert report.read_labels(path) == {"0.mlp.up:3": HAND}
+
+
+NO_LABELS = [
+    ('{"name": "a", "label": 3}', "line 1 is not"),
+    ('{"name": "a", "label": 0}', "line 1 is not"),
+    ('{"name": "a", "label": ["x"]}', "line 1 is not"),
+    ('\r\n{"name": 3, "label": "x"}', "line 2 is not"),
+    ('{"name": "a"}', "line 1 is not"),
+    ('["a", "x"]', "line 1 is not"),
+    (json.dumps(LINES, indent=2), "line 1 is not"),
+    ("[" * 10**5, "line 1 is not"),
+    ('{"name": "a", "label": "\\ud83d"}', "line 1 is not"),  # half an emoji, that no file can hold
+    (JSON.encode("utf-16"), "is not UTF-8"),
+    (JSON.encode("utf-16-le"), "line 1 is not"),
+    (json.dumps({"name": "a", "label": "é"}, ensure_ascii=False).encode("latin-1"), "is not UTF-8"),
+    ("name,label\na,x\nb,hello, world\n", "line 3 is not"),  # two cells where there is one column
+    ("subcomponent,meaning\na,x\n", 'line 1 is not {"name": "...", "label": "..."}, and the file is no table with'),
+    ('{"name": "a", "label": "x"}\n{"name": "a", "label": "y"}', "line 2: a has a label already"),
+    ("name\tlabel\na\tx\na\ty\n", "line 3: a has a label already"),
+]
+
+
+@pytest.mark.parametrize("text, message", NO_LABELS, ids=[str(text)[:30] for text, _ in NO_LABELS])
+def test_what_is_no_labels_is_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "labels"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as refused:
+        report.read_labels(path)
+    assert str(refused.value).startswith(f"labels={path}") and message in str(refused.value)
+
+
+def test_labels_of_what_is_not_live_are_kept(case, reported, tmp_path, capsys):
+    """0.attn.q:0 never fires. A label of it, in a table, is neither shown nor lost, and a second page keeps it too."""
+    (run, corpus), (_, names) = case, reported
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text(f"name;label;by\n0.attn.q:0;gone;Ada\n{names[2]};here;\n")
+    short = settings(tokens=8, val_prompts=0, out=str(tmp_path), labels=str(labels))
+    for _ in range(2):
+        report.report(run, corpus, short)
+        assert f"labels: 1 of subcomponents that are not live are kept in {labels}" in capsys.readouterr().out
+        rows = rows_of(labels)
+        assert [row["name"] for row in rows] == [*names, "0.attn.q:0"] and rows[2]["label"] == "here"
+        assert rows[-1] == {"name": "0.attn.q:0", "label": "gone", "by": "Ada"}
+        assert unpack(tmp_path / "report.html")[0]["labels"] == {"2": "here"}
+    with pytest.raises(UserError, match="holds labels: give --labels="):
+        report.report(run, corpus, dataclasses.replace(short, labels=""))
+
+
+def test_files_of_another_training_are_left_out(case, live, tmp_path, capsys):
+    """And broken ones; each with a line. Those of this training are shown."""
+    run, _ = case
+    run = dataclasses.replace(run, folder=tmp_path)
+    clusters = {"run_mark": run.mark, "alpha": 1, "tau": 0.1, "components": [
+        {"rank": 1, "fill": 1.0, "frequency": 0.5, "members": {"blocks.0.attn.q": [1]}}]}  # fmt: skip
+    metrics = {"run_mark": run.mark, "constant_r": {}, "adv_steps": [], "kl": {}}
+    mean_g = torch.zeros(52).index_fill(0, torch.from_numpy(live), 1.0)
+
+    def page(clusters: str, metrics: str) -> tuple[tuple, str]:
+        (tmp_path / "clusters.json").write_text(clusters)
+        (tmp_path / "metrics.json").write_text(metrics)
+        found, arrays = report.of_the_run(run, mean_g, mean_g)
+        return (found["clusters"] and found["clusters"]["alpha"], found["metrics"], arrays["cluster"].max()), printed()
+
+    def printed() -> list[str]:
+        return capsys.readouterr().out.splitlines()
+
+    assert page(json.dumps(clusters), json.dumps(metrics)) == ((1, metrics, 0), [])
+    other = {"run_mark": "0" * 16}
+    found, lines = page(json.dumps(clusters | other), json.dumps(metrics | other))
+    assert found == (None, None, -1) and lines == [
+        f"report: the page is without {name}: {tmp_path / name} is of an earlier training or code than the checkpoint "
+        f"beside it: run {script} again"
+        for name, script in (("metrics.json", "eval.py"), ("clusters.json", "cluster.py"))
+    ]  # fmt: skip
+    for broken in ("", "{", "[]", "3", "{}", json.dumps({"components": 3, "kl": []})):
+        found, lines = page(broken, broken)
+        assert found == (None, None, -1) and len(lines) == 2
+
+
 @pytest.fixture
 def in_home(home, whole):
     """Beside `whole`: `bare-run`, its checkpoint alone, `dead-run`, whose every z is below 0, and labels."""
@@ -462,6 +577,7 @@ def in_home(home, whole):
             torch.save(checkpoint, home / folder / "checkpoint.pt")
             checkpoint["ci_fn"]["out.bias"].fill_(-1e6)
         (home / "nobody.jsonl").write_text('{"name": "7.mlp.up:3", "label": "x"}\n')
+        (home / "case.jsonl").write_text('{"name": "1.MLP.Up:3", "label": "x"}\n')
         (home / "torn.jsonl").write_text('{"name": "0.mlp.up:3", "la')
     return home
 
@@ -473,7 +589,8 @@ BAD = [
     (["dead-run"], "dead-run: no live subcomponent: none of 72 has a mean g above 1e-06 over 32 validation tokens"),
     (["bare-run", "--prompt=x", "--prompt=" + "def f(self): " * 16], "tokens: the context is 16"),
     (["bare-run", "--prompt="], "prompt='' has no tokens"),
-    (["bare-run", "--labels=nobody.jsonl"], "'7.mlp.up:3' is no live subcomponent of this run"),
+    (["bare-run", "--labels=nobody.jsonl"], "'7.mlp.up:3' is no subcomponent of this run; names are like"),
+    (["bare-run", "--labels=case.jsonl"], "'1.MLP.Up:3' is no subcomponent of this run; names are like 1.mlp.up:3"),
     (["bare-run", "--labels=torn.jsonl"], "labels=torn.jsonl: line 1 is not"),
     (["bare-run", "--labels=none.jsonl"], "labels=none.jsonl does not exist"),
     (["bare-run", "--tokens=0"], "tokens=0"),
@@ -502,7 +619,7 @@ def test_command_with_two_prompts_and_a_folder(in_home, monkeypatch, capsys):
 
 def test_a_run_is_opened_with_the_tokens_it_was_made_of(in_home, monkeypatch):
     checkpoint = torch.load(in_home / "bare-run/checkpoint.pt", weights_only=True)
-    checkpoint["config"]["max_tokens"] = 1234
+    checkpoint["config"]["max_tokens"], checkpoint["tokens_folder"] = 1234, "gone"
     (in_home / "limited").mkdir()
     torch.save(checkpoint, in_home / "limited/checkpoint.pt")
     asked, load = [], data.load

@@ -102,8 +102,8 @@ class Config(Method):
         super().__post_init__()
         run.require(self, "above 0", "C", "hidden", "restarts", "U_scale")
         run.require(self, "0 or above", "ci_spread")
-        if not math.isfinite(self.ci_bias):
-            raise UserError(f"ci_bias={self.ci_bias}: must be finite")
+        if not abs(self.ci_bias) < 2**63:
+            raise UserError(f"ci_bias={self.ci_bias}: must be a number of magnitude below 2^63")
         if self.device not in ("auto", "cpu"):
             raise UserError(f"device={self.device}: toys run on the CPU, where they take minutes")
         if self.toy not in TOYS:
