@@ -5,7 +5,9 @@ import importlib.machinery
 import json
 import math
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -410,6 +412,25 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
     assert process.returncode == 130, errors
     assert "--resume=stopped" in printed
     assert torch.load(home / "stopped/checkpoint.pt", weights_only=True)["step"] >= 1
+
+
+def test_a_terminal_that_is_closed_saves_too(home):
+    """As when a connection breaks: the system sends SIGHUP, and nothing can be printed any more."""
+    settings = TINY | dict(steps=100_000, save_every=100_000)
+    command = [str(ROOT / "decompose.py"), "--dataset=text", "--target=target", "--out=closed", *flags(settings)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, *command])
+    log = home / "closed/metrics.jsonl"
+    while os.waitpid(pid, os.WNOHANG)[0] == 0 and not (log.exists() and log.stat().st_size):
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65_536)
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    state = torch.load(home / "closed/state.pt", weights_only=True)
+    assert 1 <= state["step"] < 100_000
+    rows = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert rows == list(range(state["step"]))
 
 
 BAD = [
