@@ -45,7 +45,7 @@ class Corpus:
 
     def of_checkpoint(self) -> dict[str, str]:
         """What a checkpoint keeps of its text, for `of_run`."""
-        return {"tokens": self.digest, "tokens_folder": self.folder.name if self.folder else ""}
+        return {"tokens": self.digest, "tokens_folder": str(self.folder.absolute()) if self.folder else ""}
 
     def batch(self, split: str, step: int, B: int, T: int, seed: int = 0) -> Tensor:
         """B random windows of T + 1 tokens, int64 [B, T + 1]: a function of (seed, split, step) alone.
@@ -115,16 +115,18 @@ def load(dataset: str = "stdlib", folder: str | Path = "data", max_tokens: int =
 
 
 def open_tokens(home: Path) -> Corpus:
-    """The corpus whose token files are in this folder."""
+    """The corpus whose token files are in this folder. UserError if its vocabulary cannot be read."""
     meta, vocab = tokenise.read_mark(home / "meta.json"), (home / "vocab.json").read_text()
     none = np.zeros(0, np.uint16)  # an empty file cannot be mapped
+    with run.built_from(home / "vocab.json"):
+        encoding = tokenise.encoding_of(json.loads(vocab), meta["dataset"])
     return Corpus(
         name=meta["name"],
         tokens={
             split: np.memmap(home / f"{split}.bin", np.uint16, mode="r") if meta[split] else none
             for split in ("train", "val")
         },
-        encoding=tokenise.encoding_of(json.loads(vocab), meta["dataset"]),
+        encoding=encoding,
         vocabulary=hashlib.sha256(vocab.encode()).hexdigest()[:16],
         folder=home,
     )
@@ -133,14 +135,15 @@ def open_tokens(home: Path) -> Corpus:
 def of_run(folder: str | Path, saved: dict, data_dir: str = "") -> Corpus:
     """The text of the run in `folder`, by a checkpoint of it: its token files, even where the source is gone.
 
-    Where these are not in data_dir, by default that of the run, they are made anew from the source. UserError if the
-    tokens are not those that the run was made with.
+    They are looked for in data_dir, or without it in that of the run, from here and from where the run was; where they
+    are not, they are made anew from the source. UserError if the tokens are not those that the run was made with.
     """
-    config = saved["config"]
-    data_dir = data_dir or config["data_dir"]
-    home = Path(data_dir) / saved["tokens_folder"]
-    corpus = open_tokens(home) if tokenise.is_whole(home) else load(config["dataset"], data_dir, config["max_tokens"])
-    if corpus.digest != saved["tokens"]:
-        found = f"those in {corpus.folder} have the digest {corpus.digest}, not {saved['tokens']}"
-        raise UserError(f"{folder}: its text, {config['dataset']!r}, has changed since that run: {found}")
-    return corpus
+    config, made = saved["config"], Path(saved["tokens_folder"])
+    homes = [Path(data_dir or config["data_dir"]) / made.name, *([] if data_dir else [made])]
+    corpora = [open_tokens(home) for home in homes if tokenise.is_whole(home)]
+    corpora = corpora or [load(config["dataset"], data_dir or config["data_dir"], config["max_tokens"])]
+    for corpus in corpora:
+        if corpus.digest == saved["tokens"]:
+            return corpus
+    found = f"those in {corpus.folder} have the digest {corpus.digest}, not {saved['tokens']}"
+    raise UserError(f"{folder}: its text, {config['dataset']!r}, has changed since that run: {found}")

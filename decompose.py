@@ -310,7 +310,6 @@ def trial(config: Config, gpt: GPTConfig, device: torch.device, compiled: bool =
     return [lambda: vpd.train_step(x), opened.one_window]
 
 
-@run.claims()
 def train(config: Config) -> Path | None:
     """Decompose, saving on the way; the run folder, in the first process. What training held is free afterwards."""
     # Settings, processes, device
@@ -387,6 +386,7 @@ def train(config: Config) -> Path | None:
     return folder if first else None
 
 
+@run.claims()
 def main(config: Config) -> None:
     folder = train(config)
     if folder:

@@ -151,7 +151,7 @@ def load_run(folder: str | Path, device: torch.device) -> Run:
         decomposition = Decomposition(build_target(checkpoint["target"]), checkpoint["C"], ends_in="hidden")
         decomposition.load_subcomponents(checkpoint["decomposition"])
         ci_fn = CITransformer(**checkpoint["gamma"])
-        ci_fn.load_state_dict(checkpoint["ci_fn"])
+        run.load_into(ci_fn, checkpoint["ci_fn"])
     return Run(Path(folder), checkpoint["config"], checkpoint, decomposition.to(device), ci_fn.to(device))
 
 

@@ -28,6 +28,8 @@ def match_linears(target: nn.Module, C: Mapping[str, int]) -> dict[str, int]:
             raise UserError(f"C={count} for {pattern!r}: must be a whole number, at least 1")
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise UserError(f"pattern {pattern!r} matches no nn.Linear; there are: {', '.join(linears) or 'none'}")
+    if not C:
+        raise UserError("C is empty: it must name at least one nn.Linear")
     matches = {name: [count for pattern, count in C.items() if fnmatchcase(name, pattern)] for name in linears}
     return {name: counts[0] for name, counts in matches.items() if counts}
 
@@ -88,3 +90,18 @@ def refuse_unlike(name: str, x: Tensor, m: Tensor, routing: Tensor | None, U: Te
             raise UserError(f"{name}: masks {tuple(masks.shape)} do not fit its input {tuple(x.shape)}")
     if not (x.dtype == m.dtype == U.dtype or torch.is_autocast_enabled(x.device.type)):
         raise UserError(f"{name}: input {x.dtype}, m {m.dtype}, U {U.dtype}: use target.float(), or torch.autocast")
+
+
+def refuse_weights_of(names: list[str], layers: list[nn.Linear], target: nn.Module) -> None:
+    """UserError if a layer's weight is not a parameter of that layer alone, or can be used where nobody sees it."""
+    scripts = [module for module in target.modules() if isinstance(module, torch.jit.ScriptModule)]
+    scripted, owner = {memory(weight) for module in scripts for weight in module.parameters()}, {}
+    for name, layer in zip(names, layers):
+        W = layer._parameters.get("weight")
+        if W is None or isinstance(W, nn.UninitializedParameter) or W.is_meta and not torch.empty(0).is_meta:
+            why = "no parameter but made anew in each pass (weight_norm?)" if W is None else "without values yet"
+            raise UserError(f"{name} cannot be decomposed: its weight is {why}")
+        if memory(W) in scripted:
+            raise UserError(f"{name} cannot be decomposed: TorchScript uses its weight, unseen")
+        if (first := owner.setdefault((memory(W), W.storage_offset()), name)) != name:
+            raise UserError(f"{name} and {first} share one weight: decompose only one of them")

@@ -220,5 +220,8 @@ class Adversary:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name in ("r", "mom1", "mom2"):
-            getattr(self, name).copy_(state[name] if self.shared else distributed.rows(state[name], dim=1))
+            own, value = getattr(self, name), state[name] if self.shared else distributed.rows(state[name], dim=1)
+            if value.shape != own.shape:
+                raise ValueError(f"the adversary's {name} has shape {list(value.shape)}, not {list(own.shape)}")
+            own.copy_(value)
         self.count.copy_(state["count"])

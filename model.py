@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from linears import LinearsAnswered, match_linears, memory, refuse_unlike
-from run import UserError, require
+from linears import LinearsAnswered, match_linears, refuse_unlike, refuse_weights_of
+from run import UserError, load_into, require
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. The target f(x | W)
@@ -170,15 +170,11 @@ class Decomposition(nn.Module):
         self.target, self.ends_in, self.memory_budget, self.searched = target, ends_in, memory_budget, False
         self.C = match_linears(target, C if isinstance(C, Mapping) else {"*": C})
         self.names, self.L = list(self.C), len(self.C)
-        self.layers, owner = [target.get_submodule(name) for name in self.names], {}
+        self.layers = [target.get_submodule(name) for name in self.names]
+        refuse_weights_of(self.names, self.layers, target)
         self.keys = {name: name.replace("%", "%25").replace("/", "%2F").replace(".", "/") for name in self.names}
         for name, layer in zip(self.names, self.layers):
-            W, n = layer._parameters.get("weight"), self.C[name]
-            if W is None or isinstance(W, nn.UninitializedParameter) or W.is_meta and not torch.empty(0).is_meta:
-                why = "no parameter but made anew in each pass (weight_norm?)" if W is None else "without values yet"
-                raise UserError(f"{name} cannot be decomposed: its weight is {why}")
-            if (first := owner.setdefault((memory(W), W.storage_offset()), name)) != name:
-                raise UserError(f"{name} and {first} share one weight: decompose only one of them")
+            W, n = layer.weight, self.C[name]
             V = nn.Parameter(torch.randn(W.shape[1], n, generator=generator) / W.shape[1] ** 0.5)
             U = nn.Parameter(torch.randn(W.shape[0], n, generator=generator) / n**0.5)
             self.register_parameter(f"U:{self.keys[name]}", U)  # a parameter's name has no dots
@@ -207,7 +203,7 @@ class Decomposition(nn.Module):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("target.")}
 
     def load_subcomponents(self, state: dict[str, Tensor]) -> None:
-        self.load_state_dict(self.target.state_dict(prefix="target.") | state)
+        load_into(self, self.target.state_dict(prefix="target.") | state)
 
     def W(self, name: str) -> Tensor:
         """The frozen target matrix W^l, [d_out, d_in]."""
@@ -225,9 +221,13 @@ class Decomposition(nn.Module):
         for name, n in zip(self.names, mode.applied):
             if n != 1:
                 raise UserError(f"{name} cannot be decomposed: the target applies it {n} times in a pass, not once")
-        if not torch.compiler.is_compiling():
-            self.searched = True
+        if search and not torch.compiler.is_compiling():
+            self.searched = self.state_of(x)
         return output
+
+    def state_of(self, x: Tensor) -> tuple:
+        """What a pass depends on, as far as where a weight goes is concerned: another one is searched anew."""
+        return x.shape, *(id(layer.weight) for layer in self.layers)
 
     def target_pass(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """f(x | W) and the input of every decomposed matrix, in the order of `names`: ([B, T, out], L x [B, T, d_in]).
@@ -258,6 +258,8 @@ class Decomposition(nn.Module):
         A bias is added once, unmasked.
         """
         if m is None:
+            if routing is not None:
+                raise UserError("routing says which matrices are masked: it needs m")
             return self.f(x)
         sizes = [*self.C.values(), self.L]
         for what, given, dtype, n in (("m", m, m.dtype, sum(sizes)), ("routing", routing, torch.bool, self.L)):
@@ -276,4 +278,4 @@ class Decomposition(nn.Module):
                 y = torch.where(routing[..., l : l + 1], y, Wx)
             return y if bias is None else y + bias
 
-        return self.answered(x, masked, search=torch.compiler.is_compiling() or not self.searched)
+        return self.answered(x, masked, search=torch.compiler.is_compiling() or self.searched != self.state_of(x))

@@ -66,10 +66,7 @@ def run_script(
     defaults: gives the Config that the flags change, where its defaults depend on the command line itself.
     """
     try:
-        for stream in (sys.stdout, sys.stderr):  # a character that a terminal or a pipe cannot show ends no run
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
-        with claims():
+        with claims(), lasting_output():
             main(read_flags(Config, doc, sys.argv[1:], defaults))
     except UserError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
@@ -81,6 +78,43 @@ def run_script(
         sys.exit(f"error: out of GPU memory, try a smaller B, T or C ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         sys.exit("interrupted: what was saved before is whole")
+
+
+class Lasting:
+    """A stream to which nothing more is written once its reader, or the terminal, is gone."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.gone = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.unless_gone(self.stream.write, text) or 0
+
+    def flush(self) -> None:
+        self.unless_gone(self.stream.flush)
+
+    def unless_gone(self, method: Callable, *args) -> Any:
+        if not self.gone:
+            try:
+                return method(*args)
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.EIO):
+                    raise
+                self.gone = True
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside, no run ends because of what it prints: a character that cannot be shown, or nobody who reads."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    with contextlib.redirect_stdout(output := Lasting(sys.stdout)):
+        yield
+    if output.gone:  # what is still in its buffer would fail when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.stream.fileno())
 
 
 def read_flags(Config: type, doc: str | None, args: list[str], defaults: Callable[[], Any] | None = None) -> Any:
@@ -294,17 +328,25 @@ def settle(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the file system name the file; of a full disk they do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A temporary path to write to, renamed to `path` when the block ends well: `path` is whole, old or new, always."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        yield temporary
-        settle(temporary)  # before the rename, or a power cut could leave the new name on an empty file
-        os.replace(temporary, path)
-        settle(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where
-        raise
+        with naming(path):
+            yield temporary
+            settle(temporary)  # before the rename, or a power cut could leave the new name on an empty file
+            os.replace(temporary, path)
+            settle(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -407,13 +449,12 @@ def new_folder(out: str, usual: Path | None = None) -> Path:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether `write_config` has written there, or a checkpoint of ours lies there."""
+    """Whether `write_config` has written there."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        config = None
-    ours = isinstance(config, dict) and {"command", "commit", "hardware", "versions"} <= config.keys()
-    return ours or (folder / "checkpoint.pt").is_file()
+        return False
+    return isinstance(config, dict) and {"command", "commit", "hardware", "versions"} <= config.keys()
 
 
 def write_config(folder: Path, config: Any, device: torch.device) -> None:
@@ -472,7 +513,7 @@ class Log:
 
     def __call__(self, row: dict[str, float]) -> None:
         if self.writes:
-            with open(self.path, "a") as file:
+            with naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -541,10 +582,34 @@ def built_from(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is not whole ({kind}{' '.join(str(error).split())[:300]})") from error
 
 
+def load_into(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """load_state_dict, but TypeError or ValueError for a tensor of another type, or that is not finite."""
+    for name, own in module.state_dict().items():
+        if name in state and state[name].dtype != own.dtype:
+            raise TypeError(f"{name} is {state[name].dtype}, not {own.dtype}")
+        if name in state and not state[name].isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    module.load_state_dict(state)
+
+
 def settings(Config: type, saved: dict) -> Any:
-    """The Config that was saved as these values. UserError if one is missing; more than it has are left out."""
+    """The Config that was saved as these values. UserError if one is missing; more than it has are left out.
+
+    TypeError if one is of another type.
+    """
     values = {field.name: saved[field.name] for field in fields(Config)}
-    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, annotation in typing.get_type_hints(Config).items():
+        if not any(fits(values[name], kind) for kind in kinds(annotation)):
+            raise TypeError(f"{name} is {values[name]!r}")
+    return Config(**values)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a flag of this type can have the value."""
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    return type(value) in {float: (int, float)}.get(kind, (typing.get_origin(kind) or kind,))
 
 
 def load_checkpoint(path: Path, kind: Kind) -> dict:
@@ -560,6 +625,8 @@ def load_checkpoint(path: Path, kind: Kind) -> dict:
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
     if found != kind:
         raise UserError(f"{path} is a checkpoint of kind {found!r}, not {kind!r}")
+    if not isinstance(checkpoint.get("config", {}), dict):
+        raise UserError(f"{path} is not whole: its config is no dictionary")
     number = checkpoint.get("format", 0)
     if number != FORMAT:
         older = isinstance(number, int) and number < FORMAT

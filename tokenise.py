@@ -13,7 +13,6 @@ a hash of their text: training never sees them, nor a copy of them. Left out: sh
 
 import base64
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -135,7 +134,7 @@ def files_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
         return
     seen.add(folder.resolve())
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+        if path.name.startswith((".", "~$")):
             continue
         if path.is_dir():
             yield from files_in(path, seen)
@@ -237,10 +236,7 @@ class LocalRows:
             for batch in table.iter_batches(256, columns=[column]):
                 yield from batch.to_pylist()
         elif type == ".jsonl.zst":
-            import zstandard
-
-            with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
-                yield from io.BufferedReader(stream)
+            yield from lines_of_zst(file)
         else:
             yield from file
 
@@ -263,6 +259,22 @@ class LocalRows:
             return row
 
 
+def lines_of_zst(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a compressed file of one frame or more. EOFError if it is cut short."""
+    import zstandard
+
+    frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
+    while chunk := file.read(2**20):
+        while chunk:
+            frame = zstandard.ZstdDecompressor().decompressobj() if frame.eof else frame
+            *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
+            yield from lines
+            chunk = frame.unused_data
+    if not frame.eof:
+        raise EOFError("the file is cut short")
+    yield rest
+
+
 def open_rows(dataset: str):
     """The rows of a local or hub dataset, one after the other: nothing is downloaded or copied before."""
     if not (hub := hub_set(dataset)):
@@ -282,16 +294,18 @@ def unreachable(dataset: str) -> tuple[str, str]:
 
 def column_of(names: Iterable[str], wanted: str, where: str) -> str:
     """The wanted column, or without one the first of COLUMNS. UserError if it is not among the names."""
+    names = list(names)
     column = wanted or next((name for name in COLUMNS if name in names), "")
-    if column not in names:
-        need = f"there is no {column!r}" if column else f"one must be {', '.join(map(repr, COLUMNS))}"
+    if names.count(column) != 1:
+        what = "are two of" if column in names else "is no"
+        need = f"there {what} {column!r}" if column else f"one must be {', '.join(map(repr, COLUMNS))}"
         raise UserError(f"{where} has columns {', '.join(names) or '(none)'}: {need}")
     return column
 
 
 def documents_of(dataset: str, rows) -> Iterator[str | list[int]]:
-    """The document of every row that is not empty: text, or token ids. Each .txt file is one row."""
-    hub = hub_set(dataset)
+    """The document of every row that is not empty: text, or token ids, of one kind. Each .txt file is one row."""
+    hub, kind = hub_set(dataset), None
     column, at = hub[1] if hub else "", lambda: f"dataset {dataset!r}" if hub else rows.where
     stream = iter(rows)
     while True:
@@ -303,14 +317,18 @@ def documents_of(dataset: str, rows) -> Iterator[str | list[int]]:
             continue
         column = column_of(row, column, at())
         document = row[column]
+        if isinstance(document, str):  # without a byte order mark, or half a surrogate pair
+            document = document.removeprefix("\ufeff")
+            document = document if document.isascii() else document.encode("utf-8", "replace").decode()
         if not document:
             continue
-        if isinstance(document, str):
-            yield document if document.isascii() else document.encode("utf-8", "replace").decode()  # no half surrogates
-        elif isinstance(document, list) and type(document[0]) is int:
-            yield document
-        else:
+        ids = isinstance(document, list) and set(map(type, document)) == {int}
+        if not ids and not isinstance(document, str):
             raise UserError(f"{at()}: {column!r} holds {document.__class__.__name__}, not text or token ids")
+        if ids != (ids if kind is None else kind):
+            raise UserError(f"{at()}: {column!r} holds {('text', 'token ids')[ids]}, other than before")
+        kind = ids
+        yield document
 
 
 def checksum(document: str | list[int]) -> int:
@@ -415,9 +433,14 @@ def read_mark(path: Path) -> dict:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether train.bin and val.bin are there with as many tokens as meta.json counts."""
+    """Whether train.bin and val.bin have as many tokens as meta.json counts, and vocab.json can be read."""
     meta, files = read_mark(folder / "meta.json"), [(split, folder / f"{split}.bin") for split in ("train", "val")]
-    return all(file.is_file() and file.stat().st_size == 2 * meta.get(split, -1) for split, file in files)
+    try:
+        encoded = isinstance(json.loads((folder / "vocab.json").read_text()), (str, int, list))
+    except (OSError, ValueError):
+        encoded = False
+    counted = all(file.is_file() and file.stat().st_size == 2 * meta.get(split, -1) for split, file in files)
+    return encoded and counted and {"name", "dataset"} <= meta.keys()
 
 
 def check_ours(folder: Path, proof: str) -> None:
@@ -450,7 +473,7 @@ def encoded(dataset: str, documents: Iterator[str | list[int]], encoding: tiktok
     while some := list(itertools.islice(documents, 64)):
         tokens = some if encoding.name == "ids" else encode(encoding, some)
         arrays = [np.array(ids) for ids in tokens]
-        if wrong := [id for ids in arrays for id in (ids.min(), ids.max()) if not 0 <= id < 2**16 or id % 1]:
+        if wrong := [id for ids in arrays for id in (ids.min(), ids.max()) if not 0 <= id < 2**16]:
             raise UserError(f"dataset {dataset!r} has the token id {wrong[0]}: 0 to 65,535 can be stored")
         yield list(zip(map(checksum, some), (ids.astype(np.uint16) for ids in arrays)))
 
@@ -496,6 +519,9 @@ def finish(part: Path, home: Path, meta: dict, encoding: tiktoken.Encoding) -> N
     checksums, lengths = np.fromfile(part / "documents.bin", np.uint64).astype(np.int64).reshape(-1, 2).T
     tokens, starts = np.memmap(part / "tokens.bin", np.uint16, mode="r"), np.cumsum(lengths) - lengths
     train, val = split(checksums, lengths)
+    if not val.any() and lengths.sum() >= 20:
+        copies = f"is {len(lengths):,} copies of one short text"
+        raise UserError(f"dataset {meta['dataset']!r} {copies}: nothing is left to hold out for validation")
     cut = (train > 0) & (val > 0)
     end = np.array([] if encoding.name == "ids" else [encoding.eot_token], np.uint16)
     meta |= {"train": 0, "val": 0}
@@ -595,6 +621,6 @@ def tokenise(dataset: str, name: str, home: Path, mark: str, max_tokens: int = 0
             print(f"data: {dataset} ends after {progress['tokens']:,} tokens, fewer than the ", end="")
             print(f"{max_tokens:,} asked for: training goes round it more than once")
         if encoding.name == "ids":
-            encoding = numbered_encoding(progress["largest"] + 1)
+            encoding = numbered_encoding(max(2, progress["largest"] + 1))
         meta = {"fingerprint": mark, "dataset": dataset, "name": name, "documents": progress["documents"]}
         finish(part, home, meta, encoding)

@@ -181,7 +181,7 @@ def main(config: Config) -> Path:
     first = 0
     if state:
         with run.built_from(folder / "state.pt"):
-            target.load_state_dict(state["model"])
+            run.load_into(target, state["model"])
             optimizer.load_state_dict(state["optimizer"])
             first, began = state["step"], began - state["seconds"]
     run.write_config(folder, config, device)
@@ -252,7 +252,7 @@ def generate(f: Callable[[Tensor], Tensor], tokens: Tensor, n: int, context: int
 def build_target(checkpoint: dict) -> GPT:
     """The trained target of a checkpoint of this script."""
     target = GPT(run.settings(GPTConfig, checkpoint["gpt"]))
-    target.load_state_dict(checkpoint["model"])
+    run.load_into(target, checkpoint["model"])
     return target
 
 

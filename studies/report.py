@@ -108,9 +108,11 @@ def rows_of(text: str) -> Iterator[tuple[int, str | dict]]:
     That is every line in quotes, as one cell, or a table with a header, between commas, semicolons or tabs; of the
     latter {column: cell}.
     """
+    text = text.removeprefix("sep=;").removeprefix("sep=,")  # of Excel
     for delimiter in "" if text.lstrip().startswith("{") else ",;\t":
         table = csv.DictReader(io.StringIO(text), restval="", delimiter=delimiter)
-        if {"name", "label"} <= set(table.fieldnames or ()):
+        table.fieldnames = [column.strip().lower() for column in table.fieldnames or ()]
+        if {"name", "label"} <= set(table.fieldnames):
             yield from ((table.line_num, row) for row in table if any(row.values()))
             return
     for i, line in enumerate(map(str.strip, text.split("\n")), 1):

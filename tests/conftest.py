@@ -105,6 +105,12 @@ def held():
 
 
 @pytest.fixture(autouse=True)
+def nothing_stays_claimed():
+    with run.claims():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def no_count(request, monkeypatch):
     """The count of what a run costs takes longer than a tiny run: left out but where it is marked `count`."""
     if "count" not in request.keywords:

@@ -275,7 +275,7 @@ def test_half_a_surrogate_pair_refuses_no_file(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jsonl", "-folder"])
 def test_byte_order_marks_are_no_text(tmp_path, suffix):
-    path = write(tmp_path, suffix, DOCUMENTS)
+    path = write(tmp_path, suffix, [("\ufeff" if suffix == ".jsonl" else "") + d for d in DOCUMENTS])
     for file in tokenise.local_files(path):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     corpus = data.load(path, tmp_path / "data")
@@ -310,6 +310,18 @@ def test_line_ends_of_text_files(tmp_path, ends):
         ("jsonl", b'{"text": "a"}\n{"text": 3}\n', r"f5\.jsonl, line 2: 'text' holds int, not text"),
         ("jsonl", b'{"text": "a"}\n{"text": [true]}\n', r"f5\.jsonl, line 2: 'text' holds list, not text"),
         ("jsonl.zst", b"no zst", r"f5\.jsonl\.zst: the row after this cannot be read as \.jsonl\.zst \(ZstdError"),
+        (
+            "jsonl.zst",
+            zstandard.compress(b'{"text": "a"}\n' * 999)[:-3],
+            r"f5\.jsonl\.zst: the row .* \(EOFError: the file is cut",
+        ),
+        (
+            "jsonl",
+            b'{"text": "a"}\n{"text": [1, 2]}\n',
+            r"f5\.jsonl, line 2: 'text' holds token ids, other than before",
+        ),
+        ("jsonl", b'{"text": [1, null]}\n', r"f5\.jsonl: 'text' holds list, not text or token ids"),
+        ("jsonl", b'{"text": [1, false]}\n', r"f5\.jsonl: 'text' holds list, not text or token ids"),
         ("parquet", b"no parquet", r"f5\.parquet: the row after this cannot be read as \.parquet \(ArrowInvalid"),
     ],
 )
@@ -341,7 +353,7 @@ def test_hidden_files_and_what_we_write_are_no_text(tmp_path):
         "run/sample.txt",
         "bare/log.txt",
     ]
-    files += ["data/set-0/x.txt", "data/set-1.part/x.txt", "other/config.json", "other/d.txt"]
+    files += ["~$a.txt", "data/set-0/x.txt", "data/set-1.part/x.txt", "other/config.json", "other/d.txt"]
     for i, name in enumerate(files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"FILE {name}. " + DOCUMENTS[i])
@@ -355,7 +367,27 @@ def test_hidden_files_and_what_we_write_are_no_text(tmp_path):
     (folder / "folder.txt").mkdir()
     (folder / "folder.txt" / "e.txt").write_text("FILE folder.txt/e.txt. text")
     read = [str(p.relative_to(folder)) for p in tokenise.local_files(str(folder))]
-    assert read == ["a.txt", "deep/b.txt", "folder.txt/e.txt", "other/d.txt"]
+    assert read == ["a.txt", "bare/log.txt", "deep/b.txt", "folder.txt/e.txt", "other/d.txt"]
+
+
+def test_frames_of_a_compressed_file_are_read_to_the_last(tmp_path):
+    rows = "".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS).encode()
+    path = tmp_path / "set.jsonl.zst"
+    path.write_bytes(zstandard.compress(rows[:5001]) + zstandard.compress(rows[5001:]))  # the first ends within a line
+    corpus = data.load(str(path), tmp_path / "data")
+    assert sorted(read(corpus, "train") + read(corpus, "val")) == sorted(DOCUMENTS)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(DOCUMENTS), pyarrow.array(DOCUMENTS)], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "set.parquet")
+    with pytest.raises(UserError, match="set.parquet has columns text, text: there are two of 'text'"):
+        data.load(str(tmp_path / "set.parquet"), tmp_path / "data")
+
+
+def test_copies_of_one_word_cannot_be_divided(tmp_path):
+    with pytest.raises(UserError, match="is 100 copies of one short text: nothing is left to hold out"):
+        data.load(write(tmp_path, ".jsonl", ["a"] * 100), tmp_path / "data")
 
 
 def test_links_are_followed_once_and_a_dead_one_is_named(tmp_path):
@@ -790,6 +822,30 @@ def test_a_run_makes_its_tokens_anew_and_sees_whether_they_are_the_same(tmp_path
     (third,) = (tmp_path / "third").iterdir()
     found = f"those in {third} have the digest {data.open_tokens(third).digest}, not {corpus.digest}"
     assert str(error.value) == f"run: its text, {dataset!r}, has changed since that run: {found}"
+
+
+def test_a_run_finds_its_tokens_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = write(tmp_path, ".jsonl", DOCUMENTS)
+    corpus = data.load("set.jsonl", "data")
+    checkpoint = {"config": {"dataset": "set.jsonl", "data_dir": "data", "max_tokens": 0}} | corpus.of_checkpoint()
+    (tmp_path / "other" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "other")
+    assert same(data.of_run("run", checkpoint), corpus)
+    os.unlink(dataset)
+    assert same(data.of_run("run", checkpoint), corpus)
+
+
+@pytest.mark.parametrize("vocab", ["{", "[1]", '"gpt3"', "{}"])
+def test_a_vocabulary_that_cannot_be_read(tmp_path, vocab):
+    dataset = write(tmp_path, ".jsonl", DOCUMENTS)
+    corpus = data.load(dataset, tmp_path / "data")
+    (corpus.folder / "vocab.json").write_text(vocab)
+    if vocab[0] == "{":  # no vocabulary: made anew
+        assert same(data.load(dataset, tmp_path / "data"), corpus)
+    else:
+        with pytest.raises(UserError, match="vocab.json is not whole"):
+            data.load(dataset, tmp_path / "data")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -748,6 +748,12 @@ BROKEN = {  # a change to a checkpoint, and what the one line names
     "a list for a dictionary": (lambda c: c.update(decomposition=[1]), "not whole"),
     "another count": (lambda c: c["C"].update({"blocks.0.attn.q": 5}), "size mismatch"),
     "a matrix that is not there": (lambda c: c["C"].update({"blocks.7.attn.q": 5}), "blocks.7.attn.q"),
+    "half precision": (
+        lambda c: c["ci_fn"].update({"out.bias": c["ci_fn"]["out.bias"].half()}),
+        "out.bias is torch.float16",
+    ),
+    "no number": (lambda c: c["decomposition"]["U:blocks/0/attn/q"].fill_(float("nan")), "is not finite"),
+    "a config that is none": (lambda c: c.update(config="x"), "its config is no dictionary"),
     "no digest": (lambda c: c.pop("tokens"), "it lacks 'tokens'"),
     "a newer format": (lambda c: c.update(format=10**6), "a newer version of this code"),
     "no format": (lambda c: c.pop("format"), "an older version of this code"),

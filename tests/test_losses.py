@@ -434,3 +434,10 @@ def test_adversary_goes_on_from_its_saved_state():
         ours.ascend(grad_r, 0.05)
         other.ascend(grad_r, 0.05)
     assert torch.equal(other.r, ours.r)
+
+
+def test_sources_of_another_shape_are_refused():
+    adversary = losses.Adversary((2, 5), 8, torch.Generator())
+    other = losses.Adversary((2, 5), 8, torch.Generator(), scope="batch").state_dict()
+    with pytest.raises(ValueError, match=r"the adversary's r has shape \[1, 1, 1, 8\], not \[1, 2, 5, 8\]"):
+        adversary.load_state_dict(other)

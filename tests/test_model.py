@@ -779,3 +779,45 @@ def test_saved_state_is_U_and_V_alone(decomposition):
     # Per layer: q 16+16, k, v, o the same, up and down 16+32, each times its C_l.
     expected = 2 * (32 * (3 + 4 + 4 + 4) + 48 * (7 + 4))
     assert sum(p.numel() for p in decomposition.subcomponents_state().values()) == expected
+
+
+class Sometimes(nn.Module):
+    """Uses its weight a second time for long inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        return self.l(x) + (x @ self.l.weight.T if x.shape[1] > 4 else 0)
+
+
+def test_another_shape_is_searched_anew():
+    decomposition = Decomposition(Sometimes(), 3)
+    decomposition(torch.ones(1, 3, 8), torch.zeros(1, 3, 4))
+    with pytest.raises(UserError, match="l cannot be decomposed"):
+        decomposition(torch.ones(1, 5, 8), torch.zeros(1, 5, 4))
+
+
+def test_a_weight_that_a_script_uses_is_refused():
+    class Scripted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(3, 3)
+            self.j = torch.jit.script(nn.Sequential(self.l))
+
+        def forward(self, x):
+            return self.l(x) + self.j(x)
+
+    with pytest.raises(UserError, match="l cannot be decomposed: TorchScript uses its weight"):
+        Decomposition(Scripted(), {"l": 2})
+
+
+def test_no_matrix_at_all_is_refused():
+    with pytest.raises(UserError, match="C is empty"):
+        Decomposition(nn.Linear(2, 2), {})
+
+
+def test_routing_without_masks_is_refused(decomposition, tokens):
+    with pytest.raises(UserError, match="routing says which matrices are masked"):
+        decomposition(tokens, None, torch.ones(3, 8, 12, dtype=torch.bool))

@@ -495,7 +495,7 @@ def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, free, monkeypatch
     "files, ours",
     [
         ({"config.json": json.dumps({"command": "", "commit": "", "hardware": "", "versions": {}})}, True),
-        ({"checkpoint.pt": ""}, True),
+        ({"checkpoint.pt": ""}, False),  # the name alone is many people's
         ({"config.json": json.dumps({"command": ""})}, False),
         ({"config.json": "{"}, False),
         ({"config.json": "[1]"}, False),
@@ -807,6 +807,35 @@ def test_a_signal_only_sets_a_flag(number):
         signal.raise_signal(signal.SIGTERM)  # as a queue does again and again
         assert interrupted() is True
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_what_nobody_reads_ends_no_run(capfd):
+    """As in `decompose.py | head -1`: the reader is gone, and the run goes on to its end."""
+    read, write = os.pipe()
+    with contextlib.redirect_stdout(open(write, "w")), run.lasting_output():
+        print("one", flush=True)
+        assert os.read(read, 10) == b"one\n"
+        os.close(read)
+        for _ in range(10):
+            print("two" * 10_000, flush=True)
+        assert sys.stdout.gone
+    print("here again")
+    assert "here again" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, value", [("steps", 2.5), ("lr", "fast"), ("adam_betas", 3), ("dataset", None), ("seed", True)]
+)
+def test_a_setting_of_another_type_is_named(name, value):
+    saved = dataclasses.asdict(train_target.Config()) | {name: value}
+    with (
+        pytest.raises(UserError, match=rf"x.pt is not whole \(TypeError: {name} is {value!r}\)"),
+        run.built_from(Path("x.pt")),
+    ):
+        run.settings(train_target.Config, saved)
+    assert (
+        run.settings(train_target.Config, saved | {name: getattr(train_target.Config(), name)}) == train_target.Config()
+    )
 
 
 def test_under_nohup_a_closed_terminal_is_no_end(monkeypatch):
