@@ -395,9 +395,8 @@ def main(config: Config) -> None:
         if config.report_tokens and metrics["live"]["total"]:
             from studies import report  # here, as everything before works without it
 
-            labels = folder / "labels.jsonl"  # of a run that was resumed: what somebody wrote there stays
-            by_hand = str(labels) if labels.exists() else ""
-            report.report(opened, corpus, report.Config(str(folder), tokens=config.report_tokens, labels=by_hand))
+            labels = next(map(str, folder.glob("labels.jsonl")), "")  # of a run that was resumed: written by hand
+            report.report(opened, corpus, report.Config(str(folder), tokens=config.report_tokens, labels=labels))
 
 
 if __name__ == "__main__":
