@@ -555,15 +555,18 @@ def plain(content: dict) -> dict:
 
 
 class Saved(dict):
-    """What a checkpoint holds; to look up what is missing is a UserError that names it, at any depth."""
+    """What a checkpoint holds; to look up what is missing is a UserError that names it, at any depth.
+
+    So is a tensor that is not finite, at once.
+    """
 
     def __init__(self, path: Path, content: dict, within: str = "") -> None:
-        super().__init__(
-            {
-                key: Saved(path, value, f"{within}{key}.") if isinstance(value, dict) else value
-                for key, value in content.items()
-            }
-        )
+        for key, value in content.items():
+            if isinstance(value, dict):
+                value = Saved(path, value, f"{within}{key}.")
+            elif isinstance(value, torch.Tensor) and not value.isfinite().all():
+                raise UserError(f"{path} is not whole: {within}{key} is not finite")
+            self[key] = value
         self.path, self.within = path, within
 
     def __missing__(self, key: str) -> None:
@@ -583,12 +586,10 @@ def built_from(path: Path) -> Iterator[None]:
 
 
 def load_into(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """load_state_dict, but TypeError or ValueError for a tensor of another type, or that is not finite."""
+    """load_state_dict, but TypeError for a tensor of another type, instead of a cast."""
     for name, own in module.state_dict().items():
         if name in state and state[name].dtype != own.dtype:
             raise TypeError(f"{name} is {state[name].dtype}, not {own.dtype}")
-        if name in state and not state[name].isfinite().all():
-            raise ValueError(f"{name} is not finite")
     module.load_state_dict(state)
 
 
