@@ -586,9 +586,9 @@ def built_from(path: Path) -> Iterator[None]:
 
 
 def load_into(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """load_state_dict, but TypeError for a tensor of another type, instead of a cast."""
+    """load_state_dict, but TypeError for a tensor of another type, but for float64 where float32 is or the reverse."""
     for name, own in module.state_dict().items():
-        if name in state and state[name].dtype != own.dtype:
+        if name in state and len({state[name].dtype, own.dtype} - {torch.float32, torch.float64}) > 0:
             raise TypeError(f"{name} is {state[name].dtype}, not {own.dtype}")
     module.load_state_dict(state)
 
