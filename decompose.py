@@ -33,6 +33,7 @@ import run
 import train_target
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 from model import GPT, Decomposition, GPTConfig
+from muon import Muon
 from run import UserError, parse_counts, require
 from train_target import Scale, cosine
 
@@ -63,6 +64,7 @@ class Method:
     steps: int = 8000  # of the main loop
     B: int = 2  # sequences a step, of all processes together
     lr: float = 3e-3  # of U, V and Gamma
+    muon: float = 0.0  # U and V learn with Muon, at this many times lr; 0: with AdamW, as Gamma does
     lr_warmup: float = 0.03  # share of the steps
     lr_end: float = 0.01  # share of lr that its cosine ends at
     clip: float = 0.01  # largest norm of the gradient of U and V
@@ -74,7 +76,7 @@ class Method:
     def __post_init__(self) -> None:
         require(self, "above 0", "S", "n_adv", "B", "steps", "lr", "adv_lr", "clip", "p_start", "p_end", "faith_lr")
         require(self, "0 or above", "seed", "beta_adv", "beta_stoch", "beta_imp", "beta_freq", "beta_delta")
-        require(self, "0 or above", "faith_steps")
+        require(self, "0 or above", "muon", "faith_steps")
         require(self, "between 0 and 1", "leak", "adv_warmup", "lr_warmup", "lr_end")
         if self.beta_adv == self.beta_stoch == 0:
             raise UserError("beta_adv=0 and beta_stoch=0: without a reconstruction loss nothing is ever important")
@@ -172,8 +174,11 @@ class VPD:
             n_sources = sum(decomposition.C.values()) + decomposition.L
             self.adversary = losses.Adversary(positions, n_sources, self.generator, config.S, config.adv_scope)
         self.learning = [*decomposition.subcomponents(), *ci_fn.parameters()]
-        groups = distributed.groups(self.learning)
+        self.muon = Muon(decomposition.subcomponents(), config.lr) if config.muon else None
+        self.with_adam = [*ci_fn.parameters()] if self.muon else self.learning
+        groups = distributed.groups(self.with_adam)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, fused=True)
+        self.rates = {self.optimizer: config.lr} | ({self.muon: config.muon * config.lr} if self.muon else {})
         if compiled:
             self.importances = run.compiled(self.importances, recomputes=decomposition.memory_budget < 1)
             self.reconstruction, self.penalties = run.compiled(self.reconstruction), run.compiled(self.penalties)
@@ -211,10 +216,11 @@ class VPD:
         return losses.faithfulness(self.decomposition).item()
 
     def schedule(self) -> tuple[Tensor, float]:
-        """The power p and the adversary's learning rate of this step; the optimiser's is set."""
+        """The power p and the adversary's learning rate of this step; the optimisers' are set."""
         c = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = c.lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
+        for optimizer, lr in self.rates.items():
+            for group in optimizer.param_groups:
+                group["lr"] = lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
         p = c.p_start + (c.p_end - c.p_start) * self.step / max(1, c.steps - 1)
         warm = min(1.0, (self.step + 1) / (c.adv_warmup * c.steps + 1))
         return torch.full((), p, device=self.device), c.adv_lr * warm
@@ -224,7 +230,8 @@ class VPD:
         c, row = self.config, {}
         p, adv_lr = self.schedule()
         # -------------------------------------------------------------------------------------------------------------
-        self.optimizer.zero_grad()
+        for optimizer in self.rates:
+            optimizer.zero_grad()
         target_output, g, g_upper = self.importances(x)
         leaf = g.detach().requires_grad_()  # gathers dL/dg of both reconstructions, so that Gamma has one backward pass
         shape, L = (c.S, *g.shape[:-1]), self.decomposition.L
@@ -256,7 +263,8 @@ class VPD:
 
         distributed.average_gradients_(self.learning)
         nn.utils.clip_grad_norm_(self.decomposition.subcomponents(), c.clip)
-        self.optimizer.step()
+        for optimizer in self.rates:
+            optimizer.step()
         # -------------------------------------------------------------------------------------------------------------
         self.step += 1
         row = {name: loss.detach() for name, loss in row.items()}
@@ -271,6 +279,7 @@ class VPD:
             "decomposition": self.decomposition.subcomponents_state(),
             "ci_fn": distributed.whole(self.ci_fn.state_dict()),
             "optimizer": distributed.optimizer_state(self.optimizer),
+            "muon": self.muon.state_dict() if self.muon else {},
             "adversary": self.adversary.state_dict() if self.adversary else {},
             "generators": distributed.gathered(self.generator.get_state()),
         }
@@ -279,7 +288,9 @@ class VPD:
         self.step = state["step"]
         self.decomposition.load_subcomponents(state["decomposition"])
         self.ci_fn.load_state_dict(distributed.parts_of(state["ci_fn"], self.ci_fn.state_dict()))
-        distributed.load_optimizer_state(self.optimizer, self.learning, state["optimizer"])
+        distributed.load_optimizer_state(self.optimizer, self.with_adam, state["optimizer"])
+        if self.muon:
+            self.muon.load_state_dict(state["muon"])
         if self.adversary:
             self.adversary.load_state_dict(state["adversary"])
         self.generator.set_state(state["generators"][distributed.rank()])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import run
 from ci_fn import lower_leaky, upper_leaky
+from muon import Muon
 from train_target import cosine
 
 
@@ -31,7 +32,8 @@ class NaiveVPD:
         self.random = dict(generator=torch.Generator(device).manual_seed(config.seed), device=device)
         self.adversary = Sources(torch.rand(1, *positions, sum(self.f.C.values()) + self.f.L, **self.random))
         self.learning = [*self.f.subcomponents(), *ci_fn.parameters()]
-        self.optimizer = torch.optim.AdamW(self.learning, weight_decay=0.0)
+        self.muon = Muon(self.f.subcomponents(), config.lr) if config.muon else None
+        self.optimizer = torch.optim.AdamW(ci_fn.parameters() if config.muon else self.learning, weight_decay=0.0)
 
     def log_softmax(self, x: Tensor, y) -> Tensor:
         """Of the target's logits, where y(l, x, W^l x), unless None, takes the place of matrix l's W^l x."""
@@ -56,7 +58,7 @@ class NaiveVPD:
         r_stoch = torch.rand(self.adversary.r.shape, **self.random)[0]
         k = torch.randint(1, L + 1, (*x.shape, 1), **self.random)
         routing = torch.rand(*x.shape, L, **self.random).argsort(-1) < k  # k matrices, of a random order the first
-        self.optimizer.param_groups[0]["lr"] = c.lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
+        self.optimizer.param_groups[0]["lr"] = lr = c.lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
         p = torch.tensor(c.p_start + (c.p_end - c.p_start) * self.step / max(1, c.steps - 1), device=x.device)
         adv_lr = c.adv_lr * min(1, (self.step + 1) / (c.adv_warmup * c.steps + 1))
         with run.autocast(x.device):
@@ -72,9 +74,12 @@ class NaiveVPD:
         row["faithfulness"] = torch.cat([Delta.flatten() for Delta in Deltas]).square().mean()
         betas = c.beta_adv, c.beta_stoch, c.beta_imp, c.beta_freq, c.beta_delta
         row["total"] = sum(beta * loss for beta, loss in zip(betas, row.values()))
-        self.optimizer.zero_grad()
+        self.f.zero_grad(), self.ci_fn.zero_grad()
         row["total"].backward()
         nn.utils.clip_grad_norm_(self.f.subcomponents(), c.clip)
         self.optimizer.step()
+        if self.muon:
+            self.muon.param_groups[0]["lr"] = c.muon * lr
+            self.muon.step()
         self.step += 1
         return {name: loss.detach() for name, loss in row.items()} | {"l0": (g > 0).float().sum(-1).mean(), "p": p}

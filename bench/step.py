@@ -125,8 +125,8 @@ def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
     def updates() -> None:
         adversary.ascend(grad_r, adv_lr)
         nn.utils.clip_grad_norm_(f.subcomponents(), c.clip)
-        vpd.optimizer.step()
-        vpd.optimizer.zero_grad()
+        for optimizer in vpd.rates:
+            optimizer.step(), optimizer.zero_grad()
 
     return {
         "target and Gamma": lambda: torch.autograd.backward(vpd.importances(x)[1:], [torch.ones_like(g)] * 2),

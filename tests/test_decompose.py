@@ -196,7 +196,14 @@ def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(beta_adv=0.0), dict(beta_stoch=0.0), dict(adv_scope="batch", S=2), dict(adv_routing="subset", S=2)]
+    "changes",
+    [
+        dict(beta_adv=0.0),
+        dict(beta_stoch=0.0),
+        dict(adv_scope="batch", S=2),
+        dict(adv_routing="subset", S=2),
+        dict(muon=4.0),
+    ],
 )
 def test_variants_of_the_loss(home, changes):
     vpd, x = tiny_vpd(home, **changes)
@@ -224,7 +231,9 @@ def assert_same_step(one: decompose.VPD, other: decompose.VPD, x: torch.Tensor, 
             assert (a - b).norm() <= gradient * a.norm()
 
 
-@pytest.mark.parametrize("changes", [{}, {"S": 2}, {"adv_scope": "batch"}, {"beta_adv": 0.0}, {"memory_budget": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"S": 2}, {"adv_scope": "batch"}, {"beta_adv": 0.0}, {"memory_budget": 0.0}, {"muon": 4.0}]
+)
 def test_compiled_step_agrees_with_eager(home, monkeypatch, changes):
     """Every compiled part of the step, traced and differentiated by torch.compile; a slow test has its C++ too."""
     monkeypatch.setattr(torch, "compile", lambda f, **_: compile_with(f, dynamic=False, backend="aot_eager"))
@@ -259,10 +268,11 @@ def test_recomputing_activations_changes_no_bit(home):
         vpd, x = tiny_vpd(home)
 
 
-def test_naive_step_is_the_same_step(home):
+@pytest.mark.parametrize("changes", [{}, {"muon": 4.0}])
+def test_naive_step_is_the_same_step(home, changes):
     """No materialised Delta, no backward pass for the sources alone, no logits: none of it changes a number."""
-    vpd, x = tiny_vpd(home)
-    other, _ = tiny_vpd(home)
+    vpd, x = tiny_vpd(home, **changes)
+    other, _ = tiny_vpd(home, **changes)
     naive = NaiveVPD(other.decomposition, other.ci_fn, other.config, tuple(x.shape), other.device)
     assert_same_step(naive, vpd, x)
 
