@@ -60,6 +60,7 @@ class Method:
     adv_warmup: float = 0.025  # share of the steps
     adv_scope: Literal["position", "batch"] = "position"  # a source per position, or one that the batch shares
     adv_routing: Literal["all", "subset"] = "all"  # matrices that the adversary masks at a position
+    halves: bool = False  # every other sequence is the adversary's, the rest random masks'; else all are of both
     # Training
     steps: int = 8000  # of the main loop
     B: int = 2  # sequences a step, of all processes together
@@ -169,10 +170,12 @@ class VPD:
         self.decomposition, self.ci_fn, self.config, self.device = decomposition, ci_fn, config, device
         self.divergence, self.bf16, self.step = divergence, run.bf16(device), 0
         self.generator = torch.Generator(device).manual_seed(distributed.own_seed(config.seed))
+        self.halves = config.halves and positions[0] % 2 == 0 and config.beta_adv > 0 and config.beta_stoch > 0
         self.adversary = None
         if config.beta_adv > 0:
             n_sources = sum(decomposition.C.values()) + decomposition.L
-            self.adversary = losses.Adversary(positions, n_sources, self.generator, config.S, config.adv_scope)
+            attacked = (positions[0] // (1 + self.halves), *positions[1:])
+            self.adversary = losses.Adversary(attacked, n_sources, self.generator, config.S, config.adv_scope)
         self.learning = [*decomposition.subcomponents(), *ci_fn.parameters()]
         self.muon = Muon(decomposition.subcomponents(), config.lr) if config.muon else None
         self.with_adam = [*ci_fn.parameters()] if self.muon else self.learning
@@ -234,18 +237,22 @@ class VPD:
             optimizer.zero_grad()
         target_output, g, g_upper = self.importances(x)
         leaf = g.detach().requires_grad_()  # gathers dL/dg of both reconstructions, so that Gamma has one backward pass
-        shape, L = (c.S, *g.shape[:-1]), self.decomposition.L
+        first = second = [x, target_output, leaf]  # what each reconstruction loss is of
+        if self.halves:
+            first, second = ([part[i::2] for part in first] for i in (0, 1))
+        shape, L = (c.S, *second[2].shape[:-1]), self.decomposition.L
 
         if self.adversary:
+            fixed = [part.detach() for part in first]
             routing = losses.sample_routing(shape, L, self.generator) if c.adv_routing == "subset" else None
 
             def of_r(r: Tensor) -> Tensor:
-                return self.reconstruction(x, target_output, g.detach(), r, routing, frozen=True)
+                return self.reconstruction(*fixed, r, routing, frozen=True)
 
             for _ in range(c.n_adv - 1):  # r alone ascends, on this batch
                 self.adversary.ascend(self.adversary.gradient(of_r), adv_lr)
             r = self.adversary.r.detach().requires_grad_()
-            row["adversarial"] = self.reconstruction(x, target_output, leaf, r, routing)
+            row["adversarial"] = self.reconstruction(*first, r, routing)
             (c.beta_adv * row["adversarial"]).backward()  # U, V and Gamma descend,
             self.adversary.ascend(r.grad / c.beta_adv, adv_lr)  # and r ascends on the same pass
             del r  # and with it its gradient
@@ -253,7 +260,7 @@ class VPD:
         if c.beta_stoch > 0:
             r = losses.sample_sources((*shape, g.shape[-1] + L), self.generator)
             routing = losses.sample_routing(shape, L, self.generator)
-            row["stochastic"] = self.reconstruction(x, target_output, leaf, r, routing)
+            row["stochastic"] = self.reconstruction(*second, r, routing)
             (c.beta_stoch * row["stochastic"]).backward()
             del r
 
@@ -329,6 +336,8 @@ def train(config: Config) -> Path | None:
         run.check_unchanged(config, config.defaults(), MAY_CHANGE)
     device = run.pick_device(distributed.start(config.device))
     processes, first = run.check_processes(config.B, config.shard), distributed.rank() == 0  # the first one writes
+    if config.halves and config.B % 2 == 0 and config.B // processes % 2:
+        raise UserError(f"B={config.B}: must be a multiple of 2 x {processes} processes, or --halves=False")
     if config.resume:
         if first:
             run.claim(folder)

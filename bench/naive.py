@@ -30,7 +30,8 @@ class NaiveVPD:
     def __init__(self, decomposition: nn.Module, ci_fn: nn.Module, config, positions: tuple, device) -> None:
         self.f, self.ci_fn, self.config, self.step = decomposition, ci_fn, config, 0
         self.random = dict(generator=torch.Generator(device).manual_seed(config.seed), device=device)
-        self.adversary = Sources(torch.rand(1, *positions, sum(self.f.C.values()) + self.f.L, **self.random))
+        attacked = (positions[0] // (1 + config.halves), *positions[1:])
+        self.adversary = Sources(torch.rand(1, *attacked, sum(self.f.C.values()) + self.f.L, **self.random))
         self.learning = [*self.f.subcomponents(), *ci_fn.parameters()]
         self.muon = Muon(self.f.subcomponents(), config.lr) if config.muon else None
         self.optimizer = torch.optim.AdamW(ci_fn.parameters() if config.muon else self.learning, weight_decay=0.0)
@@ -55,9 +56,12 @@ class NaiveVPD:
 
     def train_step(self, x: Tensor) -> dict[str, Tensor]:
         c, L, inputs = self.config, self.f.L, []
+        first, second = (slice(0, None, 2), slice(1, None, 2)) if c.halves else (slice(None), slice(None))
         r_stoch = torch.rand(self.adversary.r.shape, **self.random)[0]
-        k = torch.randint(1, L + 1, (*x.shape, 1), **self.random)
-        routing = torch.rand(*x.shape, L, **self.random).argsort(-1) < k  # k matrices, of a random order the first
+        k = torch.randint(1, L + 1, (*x[second].shape, 1), **self.random)
+        routing = (
+            torch.rand(*x[second].shape, L, **self.random).argsort(-1) < k
+        )  # k matrices, of a random order the first
         self.optimizer.param_groups[0]["lr"] = lr = c.lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
         p = torch.tensor(c.p_start + (c.p_end - c.p_start) * self.step / max(1, c.steps - 1), device=x.device)
         adv_lr = c.adv_lr * min(1, (self.step + 1) / (c.adv_warmup * c.steps + 1))
@@ -66,9 +70,13 @@ class NaiveVPD:
             g = lower_leaky(z := self.ci_fn(inputs).float(), c.leak)
             for ascent in range(1, c.n_adv + 1):
                 r, last = self.adversary.r.clone().requires_grad_(), ascent == c.n_adv
-                loss = self.reconstruction(x, log_p, g if last else g.detach(), r[0], routing | True)
+                of_g = (g if last else g.detach())[first]
+                loss = self.reconstruction(x[first], log_p[first], of_g, r[0], routing | True)
                 self.adversary.ascend(torch.autograd.grad(loss, r, retain_graph=last)[0], adv_lr)
-            row = {"adversarial": loss, "stochastic": self.reconstruction(x, log_p, g, r_stoch, routing)}
+            row = {
+                "adversarial": loss,
+                "stochastic": self.reconstruction(x[second], log_p[second], g[second], r_stoch, routing),
+            }
         s, Deltas = ((upper_leaky(z, c.leak) + 1e-12) ** p).sum((0, 1)), map(self.f.Delta, self.f.names)
         row |= {"importance": s.sum() / x.numel(), "frequency": (s * (1 + s).log2()).sum() / x.numel()}
         row["faithfulness"] = torch.cat([Delta.flatten() for Delta in Deltas]).square().mean()

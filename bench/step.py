@@ -110,17 +110,20 @@ def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
     c, f, adversary, (p, adv_lr) = vpd.config, vpd.decomposition, vpd.adversary, vpd.schedule()
     target_output, g, g_upper = (t.detach() for t in vpd.importances(x))
     leaf, g_upper = g.clone().requires_grad_(), g_upper.requires_grad_()
-    routing = losses.sample_routing((c.S, *x.shape), f.L, vpd.generator)
+    first = second = [x, target_output, leaf]
+    if vpd.halves:
+        first, second = ([part[i::2] for part in first] for i in (0, 1))
+    routing, fixed = losses.sample_routing((c.S, *second[0].shape), f.L, vpd.generator), [a.detach() for a in first]
     r_stoch, grad_r = torch.rand_like(adversary.r), torch.rand_like(adversary.r)
 
     def inner() -> None:
-        of_r = lambda r: vpd.reconstruction(x, target_output, g, r, None, frozen=True)
+        of_r = lambda r: vpd.reconstruction(*fixed, r, None, frozen=True)
         for _ in range(c.n_adv - 1):
             adversary.ascend(adversary.gradient(of_r), adv_lr)
 
     def reconstructions() -> None:
-        vpd.reconstruction(x, target_output, leaf, adversary.r.detach().requires_grad_(), None).backward()
-        vpd.reconstruction(x, target_output, leaf, r_stoch, routing).backward()
+        vpd.reconstruction(*first, adversary.r.detach().requires_grad_(), None).backward()
+        vpd.reconstruction(*second, r_stoch, routing).backward()
 
     def updates() -> None:
         adversary.ascend(grad_r, adv_lr)

@@ -203,6 +203,7 @@ def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_
         dict(adv_scope="batch", S=2),
         dict(adv_routing="subset", S=2),
         dict(muon=4.0),
+        dict(halves=True, S=2),
     ],
 )
 def test_variants_of_the_loss(home, changes):
@@ -211,6 +212,29 @@ def test_variants_of_the_loss(home, changes):
     assert math.isfinite(row["total"])
     assert ("adversarial" in row) == (vpd.adversary is not None) == (vpd.config.beta_adv > 0)
     assert ("stochastic" in row) == (vpd.config.beta_stoch > 0)
+
+
+def test_halves_give_each_reconstruction_its_own_sequences(home):
+    """The adversary the even rows, random masks the odd ones: the step of two batches of half the size."""
+    vpd, x = tiny_vpd(home, halves=True, B=4, n_adv=1)
+    target_output, g, _ = (t.detach() for t in vpd.importances(x))
+    r, random = vpd.adversary.r.clone(), vpd.generator.clone_state()
+    assert r.shape[:3] == (1, 2, vpd.config.T)
+    row = vpd.train_step(x)
+    rest = (
+        losses.sample_sources(r.shape, random),
+        losses.sample_routing((1, *x[1::2].shape), vpd.decomposition.L, random),
+    )
+    vpd, _ = tiny_vpd(home, halves=True, B=4, n_adv=1)  # before the step
+    for i, name, sources in ((0, "adversarial", (r, None)), (1, "stochastic", rest)):
+        loss = vpd.reconstruction(x[i::2], target_output[i::2], g[i::2], *sources)
+        assert row[name].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [dict(B=3), dict(B=4, beta_adv=0.0), dict(B=4, beta_stoch=0.0)])
+def test_halves_are_whole_where_the_batch_is_odd_or_one_loss_alone(home, changes):
+    (vpd, x), (other, _) = (tiny_vpd(home, halves=halves, **changes) for halves in (True, False))
+    assert_same_step(vpd, other, x, loss=0, gradient=0)
 
 
 def a_step(vpd: decompose.VPD, x: torch.Tensor) -> tuple[dict[str, float], list[torch.Tensor]]:
@@ -232,7 +256,16 @@ def assert_same_step(one: decompose.VPD, other: decompose.VPD, x: torch.Tensor, 
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"S": 2}, {"adv_scope": "batch"}, {"beta_adv": 0.0}, {"memory_budget": 0.0}, {"muon": 4.0}]
+    "changes",
+    [
+        {},
+        {"S": 2},
+        {"adv_scope": "batch"},
+        {"beta_adv": 0.0},
+        {"memory_budget": 0.0},
+        {"muon": 4.0},
+        {"halves": True, "S": 2},
+    ],
 )
 def test_compiled_step_agrees_with_eager(home, monkeypatch, changes):
     """Every compiled part of the step, traced and differentiated by torch.compile; a slow test has its C++ too."""
@@ -268,7 +301,7 @@ def test_recomputing_activations_changes_no_bit(home):
         vpd, x = tiny_vpd(home)
 
 
-@pytest.mark.parametrize("changes", [{}, {"muon": 4.0}])
+@pytest.mark.parametrize("changes", [{}, {"muon": 4.0}, {"halves": True}])
 def test_naive_step_is_the_same_step(home, changes):
     """No materialised Delta, no backward pass for the sources alone, no logits: none of it changes a number."""
     vpd, x = tiny_vpd(home, **changes)
