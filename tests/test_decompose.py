@@ -202,8 +202,8 @@ def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_
         dict(beta_stoch=0.0),
         dict(adv_scope="batch", S=2),
         dict(adv_routing="subset", S=2),
-        dict(muon=4.0),
-        dict(halves=True, S=2),
+        dict(muon=0.0),
+        dict(halves=False, S=2),
     ],
 )
 def test_variants_of_the_loss(home, changes):
@@ -263,8 +263,8 @@ def assert_same_step(one: decompose.VPD, other: decompose.VPD, x: torch.Tensor, 
         {"adv_scope": "batch"},
         {"beta_adv": 0.0},
         {"memory_budget": 0.0},
-        {"muon": 4.0},
-        {"halves": True, "S": 2},
+        {"muon": 0.0},
+        {"halves": False, "S": 2},
     ],
 )
 def test_compiled_step_agrees_with_eager(home, monkeypatch, changes):
@@ -301,7 +301,7 @@ def test_recomputing_activations_changes_no_bit(home):
         vpd, x = tiny_vpd(home)
 
 
-@pytest.mark.parametrize("changes", [{}, {"muon": 4.0}, {"halves": True}])
+@pytest.mark.parametrize("changes", [{}, {"muon": 0.0}, {"halves": False}])
 def test_naive_step_is_the_same_step(home, changes):
     """No materialised Delta, no backward pass for the sources alone, no logits: none of it changes a number."""
     vpd, x = tiny_vpd(home, **changes)
