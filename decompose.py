@@ -69,6 +69,7 @@ class Method:
     lr_warmup: float = 0.03  # share of the steps
     lr_end: float = 0.01  # share of lr that its cosine ends at
     clip: float = 0.01  # largest norm of the gradient of U and V
+    clip_ci: float = 0.0  # largest norm of the gradient of Gamma, which is logged as grad_ci; 0: any
     faith_steps: int = 400  # warm-up on faithfulness alone
     faith_lr: float = 1e-2  # of that warm-up
     seed: int = 0  # of initialisation, batches, masks and sources
@@ -77,7 +78,7 @@ class Method:
     def __post_init__(self) -> None:
         require(self, "above 0", "S", "n_adv", "B", "steps", "lr", "adv_lr", "clip", "p_start", "p_end", "faith_lr")
         require(self, "0 or above", "seed", "beta_adv", "beta_stoch", "beta_imp", "beta_freq", "beta_delta")
-        require(self, "0 or above", "muon", "faith_steps")
+        require(self, "0 or above", "muon", "clip_ci", "faith_steps")
         require(self, "between 0 and 1", "leak", "adv_warmup", "lr_warmup", "lr_end")
         if self.beta_adv == self.beta_stoch == 0:
             raise UserError("beta_adv=0 and beta_stoch=0: without a reconstruction loss nothing is ever important")
@@ -229,7 +230,7 @@ class VPD:
         return torch.full((), p, device=self.device), c.adv_lr * warm
 
     def train_step(self, x: Tensor) -> dict[str, Tensor]:
-        """One step on this process's rows x [B, T, ...]; the batch's losses, unweighted, and total, l0, p."""
+        """One step on this process's rows x [B, T, ...]; the batch's losses, unweighted, and total, grad_ci, l0, p."""
         c, row = self.config, {}
         p, adv_lr = self.schedule()
         # -------------------------------------------------------------------------------------------------------------
@@ -270,12 +271,14 @@ class VPD:
 
         distributed.average_gradients_(self.learning)
         nn.utils.clip_grad_norm_(self.decomposition.subcomponents(), c.clip)
+        grad_ci = distributed.clip_(list(self.ci_fn.parameters()), c.clip_ci or torch.inf)
         for optimizer in self.rates:
             optimizer.step()
         # -------------------------------------------------------------------------------------------------------------
         self.step += 1
         row = {name: loss.detach() for name, loss in row.items()}
         row["total"] = sum(getattr(c, losses.BETAS[name]) * loss for name, loss in row.items())
+        row["grad_ci"] = grad_ci
         row["l0"] = (g.detach() > 0).sum(-1).float().mean()
         return dict(zip(row, distributed.mean(torch.stack([*row.values()])))) | {"p": p}
 

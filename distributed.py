@@ -97,6 +97,17 @@ def average_gradients_(parameters: list[Tensor]) -> None:
     average_([parameter.grad for parameter in parameters if not isinstance(parameter, DTensor)])
 
 
+def clip_(parameters: list[Tensor], largest: float) -> Tensor:
+    """Scale the gradients so that their common norm, sharded or not, is at most `largest`; the norm that it was."""
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if largest < torch.inf:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
 def any_of(flag: bool) -> bool:
     """Whether the flag is set in any process."""
     return flag if world() == 1 else mean(torch.tensor(float(flag))).item() > 0

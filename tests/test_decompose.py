@@ -237,6 +237,16 @@ def test_halves_are_whole_where_the_batch_is_odd_or_one_loss_alone(home, changes
     assert_same_step(vpd, other, x, loss=0, gradient=0)
 
 
+def test_gamma_is_clipped_and_its_norm_logged(home):
+    norms = []
+    for clip_ci in (0.0, 0.5, 1e9):
+        vpd, x = tiny_vpd(home, clip_ci=clip_ci and min(clip_ci * norms[0], 1e9))
+        norms.append(vpd.train_step(x)["grad_ci"].item())
+        left = torch.cat([weight.grad.flatten() for weight in vpd.ci_fn.parameters()]).norm().item()
+        assert left == pytest.approx(norms[0] * (0.5 if clip_ci == 0.5 else 1.0), rel=1e-4)
+    assert norms == pytest.approx(norms[:1] * 3)
+
+
 def a_step(vpd: decompose.VPD, x: torch.Tensor) -> tuple[dict[str, float], list[torch.Tensor]]:
     """Losses of a step, and what it left: the gradients of U, V and Gamma before the clip, the sources and moments."""
     with pytest.MonkeyPatch.context() as patch:
