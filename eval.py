@@ -60,13 +60,18 @@ class Config:
         self.steps_of_adversary()
 
     def steps_of_adversary(self) -> list[int]:
-        try:
-            steps = [int(n) for n in self.adv_steps.split(",")]
-        except ValueError:
-            steps = [0]
-        if not all(0 < n < 2**63 for n in steps):
-            raise UserError(f"adv_steps={self.adv_steps!r}: must be whole numbers above 0, as in 20,80")
-        return steps
+        return parse_steps("adv_steps", self.adv_steps)
+
+
+def parse_steps(name: str, text: str) -> list[int]:
+    """ "20,80" to [20, 80]. UserError, with the flag's name, for anything else."""
+    try:
+        steps = [int(n) for n in text.split(",")]
+    except ValueError:
+        steps = [0]
+    if not all(0 < n < 2**63 for n in steps):
+        raise UserError(f"{name}={text!r}: must be whole numbers above 0, as in 20,80")
+    return steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
