@@ -14,19 +14,22 @@ import eval as evaluation
 import run
 import studies.components
 import studies.report
+import studies.sharing
 import toys.__main__
 import train_target
 from run import UserError
 
 SCRIPTS = (
     train_target, decompose, evaluation, cluster, studies.report, studies.components, toys.__main__, bench.plan,
-    bench.report, bench.step,
+    bench.report, bench.step, studies.sharing,
 )  # fmt: skip
 SENSELESS = (float("nan"), float("inf"), -float("inf"), -1, 2**64)
 FINE = {("gamma", float("inf")), ("gamma", 2**64), ("ci_bias", -1)}  # greedy merging; any number that is not huge
 SHARES = {"warmup", "lr_warmup", "lr_end", "adv_warmup", "memory_budget"}  # of something: at most 1
 TEXTS = {  # numbers in text
     "adv_steps": ("", "nan", "-1", "1e400", "0", "20,", "2.5", "9" * 5000, str(2**64)),
+    "steps": ("", "nan", "0", "20,", "2.5"),
+    "more": ("nan", "0", "320,", "2.5"),
     "alpha": ("", "nan", "-1", "1e400", "inf", "10,", "1,nan"),
     "live": ("", "nan", "-1", "1e400", "0", "1000,", "9" * 12),
     "C": ("", "nan", "-1", "*=nan", "*=1e400", "*="),
@@ -61,7 +64,8 @@ def test_every_number_is_walked():
     "script, field, value", numbers(), ids=lambda x: getattr(x, "__name__", None) or str(x)[:20] or "empty"
 )
 def test_senseless_values_are_refused(script, field, value):
-    path = {"run": "somewhere"} if any(f.name == "run" for f in dataclasses.fields(script.Config)) else {}
+    folders = {"run": "somewhere", "runs": ("somewhere",)}
+    path = {f.name: folders[f.name] for f in dataclasses.fields(script.Config) if f.name in folders}
     if (field, value) in FINE:
         assert getattr(script.Config(**path | {field: value}), field) == value
         return
