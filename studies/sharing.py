@@ -1,6 +1,6 @@
 """For how many positions at once can one choice of masks break the model, and does it break other text too?
 
-    python -m studies.sharing out/vpd-stdlib                     # 5 minutes on 2 CPU cores
+    python -m studies.sharing out/vpd-stdlib                     # 5 minutes on one CPU core
     python -m studies.sharing out/vpd-stdlib out/no-adversary    # two runs side by side in one figure
 
 The draft asks that f(x | W'(x, r)) keep to the target for all r. Its published text lets the adversary choose one r for
@@ -250,14 +250,16 @@ def plot_sharing(runs: dict[str, dict], path: Path) -> None:
     for ax, (label, found) in zip(axes[0], runs.items()):
         T, drawn = found["T"], found["sharing"]
         of_steps = dict(zip(dict.fromkeys(row["steps"] for row in drawn), COLOURS * len(drawn)))
-        for what, style, where in (("largest", "o-", "largest met"), ("other_text", "o--", "on other text")):
+        for what, style in (("largest", "o-"), ("other_text", "o--")):
             for steps, colour in of_steps.items():
                 rows = [row for row in drawn if row["steps"] == steps]
                 x, y = [row["positions"] for row in rows], [row[what] for row in rows]
-                ax.plot(x, y, style, color=colour, ms=4, lw=1.4, label=f"{steps} steps, {where}")
+                starts = rows[0]["starts"]
+                said = f"largest met, {starts} start" + "s" * (starts > 1) if what == "largest" else "on other text"
+                ax.plot(x, y, style, color=colour, ms=4, lw=1.4, label=f"{steps} steps: {said}")
         for what, style in (("everything ablated", "-"), ("r = 0", "-."), ("r = 0 or 1 by a coin", ":")):
             ax.axhline(found["prices"][what], color="#7f7f7f", lw=1, ls=style, label=what)
-        names = {found["windows"] * T: f"all {found['windows']}\nsequences", 8 * T: "8\nsequences", T: "a\nsequence"}
+        names = {found["windows"] * T: f"all {found['windows']}\nsequences", 8 * T: "8\nsequences", T: "one\nsequence"}
         ticks = sorted({row["positions"] for row in drawn})
         ax.set(xscale="log", title=label, xlabel="positions that share one r")
         ax.set_xticks(ticks, [f"{n:,}\n{names.get(n, '')}" for n in ticks])
@@ -269,7 +271,8 @@ def plot_sharing(runs: dict[str, dict], path: Path) -> None:
             ax.yaxis.set_minor_formatter(NullFormatter())
         ax.grid(axis="y", color="#eeeeee", lw=0.6)
     axes[0, 0].set_ylabel("KL(target ‖ masked), nats a token")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    of_lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*of_lines, loc="outside lower center", ncols=3, fontsize=8, handlelength=4)
     save_figure(figure, path)
 
 

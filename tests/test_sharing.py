@@ -271,7 +271,7 @@ def test_several_runs_are_drawn_and_each_is_measured_once(two, capsys, monkeypat
 
 def test_the_kl_of_a_figure_may_be_0(tmp_path):
     prices = dict.fromkeys(("r = 0", "r = 0 or 1 by a coin", "everything ablated"), 0.0)
-    row = {"positions": 1, "steps": 1, "largest": 0.0, "other_text": 0.0}
+    row = {"positions": 1, "steps": 1, "starts": 1, "largest": 0.0, "other_text": 0.0}
     sharing.plot_sharing({"a": {"T": 1, "windows": 1, "prices": prices, "sharing": [row]}}, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").exists()
 
