@@ -77,8 +77,7 @@ class Method:
 
     def __post_init__(self) -> None:
         require(self, "above 0", "S", "n_adv", "B", "steps", "lr", "adv_lr", "clip", "p_start", "p_end", "faith_lr")
-        require(self, "0 or above", "seed", "beta_adv", "beta_stoch", "beta_imp", "beta_freq", "beta_delta")
-        require(self, "0 or above", "muon", "clip_ci", "faith_steps")
+        require(self, "0 or above", "seed", "muon", "clip_ci", "faith_steps", *losses.BETAS.values())
         require(self, "between 0 and 1", "leak", "adv_warmup", "lr_warmup", "lr_end")
         if self.beta_adv == self.beta_stoch == 0:
             raise UserError("beta_adv=0 and beta_stoch=0: without a reconstruction loss nothing is ever important")
@@ -94,6 +93,7 @@ class Config(Method):
     out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
     resume: str = ""  # run folder of an unfinished run to go on with; settings not given are read from it
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU or for a long run, where a compiler works
+    minutes: float = 0.0  # the steps are those that end so long after the target is there; evaluation is not counted
     memory_budget: float = 1.0  # share of the matrices and of Gamma's blocks that keep activations; the rest recompute
     T: int = 64  # tokens a sequence
     # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts
@@ -115,7 +115,7 @@ class Config(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "above 0", "d_ci", "n_head_ci", "d_mlp_ci", "T", "log_every", "save_every", "eval_windows")
-        require(self, "0 or above", "n_layer_ci", "max_tokens", "eval_every", "report_tokens")
+        require(self, "0 or above", "n_layer_ci", "max_tokens", "eval_every", "report_tokens", "minutes")
         require(self, "between 0 and 1", "memory_budget")
         run.check_wandb(self.wandb)
         parse_counts("C", self.C)
@@ -363,25 +363,29 @@ def train(config: Config) -> Path | None:
     if first:
         gpt, alone = GPTConfig(**target_checkpoint["gpt"]), replace(config, B=config.B // processes, shard=False)
         cost.report(lambda changed: trial(changed, gpt, torch.device("cpu")), alone, device, processes)
-    compiled = run.wants_compile(config.compile, device, config.steps)
+    compiled = run.wants_compile(config.compile, device, config.steps, config.minutes)
     vpd, gamma = build(config, target_checkpoint, device, compiled)
     print(f"decompose: {vpd.decomposition.L} matrices into {gamma['C']:,} subcomponents, on {device}, to {folder}")
-    if first:
-        run.write_config(folder, config, device)
+    run.write_config(folder, config, device)
     if saved:
         with run.built_from(folder / "state.pt"):
             vpd.load_state_dict(saved["vpd"])
     else:
         print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps")
+    rows = lambda: distributed.rows(corpus.batch("train", vpd.step, config.B, config.T, config.seed)[:, :-1]).to(device)
+    if config.minutes and not saved:
+        before = distributed.shared(vpd.state_dict())  # the steps that are timed leave no trace
+        steps = run.steps_that_fit(config.minutes, began, lambda: vpd.train_step(rows())["total"].item())
+        vpd.load_state_dict(before)
+        vpd.config = config = replace(config, steps=steps)
+        run.write_config(folder, config, device)
     about = {"config": asdict(config), "C": vpd.decomposition.C, "gamma": gamma, "target": target_checkpoint}
     about |= {"device": device.type, "processes": processes} | corpus.of_checkpoint()
 
     # The loop
     with run.interruptible() as interrupted, run.Log(folder, vpd.step, config) as log:
         for step in (bar := run.progress_bar(vpd.step, config.steps, "decompose")):
-            x = corpus.batch("train", step, config.B, config.T, config.seed)[:, :-1]
-            row = vpd.train_step(distributed.rows(x).to(device))
-
+            row = vpd.train_step(rows())
             last, stop = step == config.steps - 1, distributed.any_of(interrupted())
             logging, saving = last or step % config.log_every == 0, last or stop or (step + 1) % config.save_every == 0
             if logging or saving:

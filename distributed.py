@@ -7,11 +7,13 @@ Nothing here knows the method. In a process on its own, without torchrun, every 
 """
 
 import contextlib
+import io
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,6 +120,17 @@ def broadcast_(tensors: list[Tensor]) -> None:
     if world() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def shared(content: Any) -> Any:
+    """The first process's tensors and plain values in all processes, as if read from a file: copies, on the CPU."""
+    buffer = io.BytesIO()
+    if rank() == 0:
+        torch.save(content, buffer)
+    whole = [buffer.getvalue()]
+    if world() > 1:
+        dist.broadcast_object_list(whole, src=0)
+    return torch.load(io.BytesIO(whole[0]), "cpu", weights_only=True)
 
 
 def gathered(tensor: Tensor) -> list[Tensor]:

@@ -265,13 +265,18 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 COMPILING_PAYS = 3_000  # steps of the default run on a CPU that earn back the minutes that compiling takes
+COMPILING_PAYS_MINUTES = 6.0  # and what they take
 
 
-def wants_compile(wanted: bool | Literal["auto"], device: torch.device, steps: int) -> bool:
-    """--compile resolved: `auto` compiles on a GPU or for a long run, if a compiler works; a line says what and why."""
+def wants_compile(wanted: bool | Literal["auto"], device: torch.device, steps: int, minutes: float = 0.0) -> bool:
+    """--compile resolved: `auto` compiles on a GPU or for a long run, if a compiler works; a line says what and why.
+
+    minutes: of a run that is measured in them, and not in steps.
+    """
     if wanted is False:
         return False
-    if wanted == "auto" and device.type == "cpu" and steps < COMPILING_PAYS:
+    short = minutes < COMPILING_PAYS_MINUTES if minutes else steps < COMPILING_PAYS
+    if wanted == "auto" and device.type == "cpu" and short:
         print("compile: off, compiling would take longer than it saves in so short a run; --compile=True forces it")
         return False
     try:
@@ -458,7 +463,12 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def write_config(folder: Path, config: Any, device: torch.device) -> None:
-    """The folder, and in it config.json: every setting, command, commit, versions, the hardware by its name."""
+    """The folder, and in it config.json: every setting, command, commit, versions, the hardware by its name.
+
+    By the first process alone.
+    """
+    if distributed.rank() > 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
@@ -716,6 +726,39 @@ def refuse_non_finite(row: dict[str, float], learning: list[torch.Tensor], lr: s
         bad.append("a weight is not finite")
     if bad:
         raise UserError(f"{bad[0]} at step {row['step']}: try a smaller lr than {lr}")
+
+
+TIMED = 10  # steps at least that are timed for --minutes
+TIMED_SHARE = 0.02  # of the minutes, for which steps are timed
+
+
+def steps_that_fit(
+    minutes: float, began: float, step: Callable[[], object], clock: Callable[[], float] = time.time
+) -> int:
+    """The steps that end `minutes` after `began`, for --minutes: by the mean time of some, the first of which compile.
+
+    step: takes one and waits for its end. In several processes the first one decides. UserError if not one fits.
+    """
+
+    def seconds(n: int) -> float:
+        start = clock()
+        for _ in range(n):
+            step()
+        return distributed.shared((clock() - start) / n)
+
+    seconds(3)  # compiles, and fills caches
+    a_step = max(seconds(TIMED), 1e-9)  # a clock may stand still for so long
+    if (more := int(TIMED_SHARE * 60 * minutes / a_step)) > TIMED:
+        a_step = seconds(more)
+    gone = distributed.shared(clock() - began)
+    n = int((60 * minutes - gone) / a_step)
+    if n < 1:
+        raise UserError(
+            f"minutes={minutes:g}: not one step fits: {gone:.1f} s are gone on warming up, compiling and measuring, "
+            f"and a step takes {1e3 * a_step:.1f} ms"
+        )
+    print(f"minutes: {1e3 * a_step:.1f} ms a step: {n:,} steps in what is left of {minutes:g} minutes")
+    return n
 
 
 def progress_bar(start: int, steps: int, name: str) -> tqdm:

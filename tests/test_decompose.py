@@ -106,6 +106,55 @@ def test_same_seed_same_numbers(whole, home):
     assert first["ce"] == second["ce"] and first["kl"] == second["kl"]
 
 
+def five_steps_say_eight(minutes, began, step):
+    """Takes the place of run.steps_that_fit."""
+    for _ in range(5):
+        step()
+    return TINY["steps"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"beta_adv": 0.0}, {"adv_scope": "batch"}])
+def test_a_run_in_minutes_is_that_of_the_steps_it_found(home, monkeypatch, changes):
+    """The steps that are timed leave no trace: not in the weights, the moments, the sources nor the random state."""
+    name = "-".join(map(str, changes.values()))
+    decompose.train(config(out=f"in-steps{name}", **changes))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "steps_that_fit", five_steps_say_eight)
+        decompose.train(config(out=f"in-minutes{name}", minutes=1.5, **changes | {"steps": 5000}))
+    folders = home / f"in-steps{name}", home / f"in-minutes{name}"
+    once, twice = (run.load_checkpoint(f / "state.pt", "decomposition in training") for f in folders)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(once["vpd"]), tensors(twice["vpd"]), strict=True))
+    assert rows_of(folders[0]) == rows_of(folders[1])
+    about = json.loads((folders[1] / "config.json").read_text())
+    assert (about["steps"], about["minutes"]) == (twice["config"]["steps"], 1.5) == (8, 1.5)
+
+
+def test_a_resumed_run_in_minutes_keeps_its_steps(home, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "steps_that_fit", five_steps_say_eight)
+        patch.setattr(run, "interruptible", Interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            decompose.train(config(out="minutes-halves", minutes=1.5, steps=5000))
+    assert resumed("minutes-halves").steps == 8
+    with pytest.raises(UserError, match="minutes=3: the run in minutes-halves has minutes=1.5, and on resuming only"):
+        decompose.train(resumed("minutes-halves", minutes=3))
+    monkeypatch.delattr(run, "steps_that_fit")  # nothing is measured again
+    decompose.train(resumed("minutes-halves"))
+    decompose.train(config(out="minutes-whole"))
+    once, twice = (run.load_checkpoint(home / f / "checkpoint.pt", "decomposition")
+                   for f in ("minutes-whole", "minutes-halves"))  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(twice), strict=True))
+
+
+def test_minutes_that_are_none(home):
+    for value in ("nan", "-1", "inf"):
+        shown = f"minutes={float(value)}: must be 0 or above"
+        assert shown in one_line(decompose, "--dataset=text", "--target=target", f"--minutes={value}")
+    assert "--minutes=soon: must be a number" in one_line(decompose, "--minutes=soon")
+    short = one_line(decompose, *flags(TINY), "--dataset=text", "--target=target", "--out=short", "--minutes=1e-6")
+    assert "minutes=1e-06: not one step fits" in short
+
+
 class Interrupted:
     """Takes the place of run.interruptible: Ctrl-C comes after the fourth step."""
 

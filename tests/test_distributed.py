@@ -235,6 +235,38 @@ def test_torchrun_to_the_table_and_resumed(home, shard):
     assert once["optimizer"]["param_groups"] == vpd.state_dict()["optimizer"]["param_groups"]
 
 
+MINUTES = """
+import decompose, distributed, run
+import cost
+from tiny import config
+cost.report = lambda *args: None
+fit, stop = run.steps_that_fit, distributed.stop
+distributed.stop = lambda: None  # four runs, one group of processes
+class Clock:
+    now = 0.0
+    def __call__(self):  # goes faster in the second process, for which not one step would fit
+        self.now += 1 + distributed.rank()
+        return self.now
+run.steps_that_fit = lambda minutes, began, step: fit(minutes, 0.0, step, Clock())
+for shard in (False, True):
+    for more in (dict(minutes=0.106), dict(steps=13)):
+        decompose.train(config(B=4, shard=shard, **more, out=f"{shard}-{'-'.join(more)}"))
+stop()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_that_the_first_finds(home):
+    """From the state that they had before ten of them were timed: to the bits of a run of so many steps."""
+    (home / "minutes.py").write_text(MINUTES)
+    assert torchrun(home, "minutes.py").count("100.0 ms a step: 13 steps in what is left of 0.106 minutes") == 2
+    for shard in (False, True):
+        found, given = (run.load_checkpoint(home / f"{shard}-{how}/state.pt", "decomposition in training")
+                        for how in ("minutes", "steps"))  # fmt: skip
+        assert found["config"]["steps"] == found["vpd"]["step"] == 13
+        assert all(torch.equal(a, b) for a, b in zip(tensors(found["vpd"]), tensors(given["vpd"]), strict=True))
+
+
 POISONED = """
 import torch
 torch.set_num_threads(1)

@@ -327,6 +327,46 @@ def test_compile_where_it_works(monkeypatch, capsys):
     assert run.wants_compile("auto", CPU, 10) is False
     assert "takes longer than it saves" in capsys.readouterr().out.replace("would take", "takes")
     assert run.wants_compile(False, CPU, LONG) is False and capsys.readouterr().out == ""
+    assert run.wants_compile("auto", CPU, 10, minutes=60.0) is True  # the steps are not known yet
+    assert run.wants_compile("auto", CPU, LONG, minutes=1.0) is False
+
+
+class Clock:
+    """Time that goes by only in steps of these seconds, the last of which is that of all further ones."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.now, self.steps, self.seconds = 1000.0, 0, seconds
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self) -> None:
+        self.now += self.seconds[min(self.steps, len(self.seconds) - 1)]
+        self.steps += 1
+
+
+def test_steps_that_fit_into_minutes(capsys):
+    """A first step of 60 s compiles. 10 of 0.25 s say that a fiftieth of 5 minutes has room for 24: they decide."""
+    clock = Clock(60.0, 0.25)
+    n = run.steps_that_fit(5, 990.0, clock.step, clock)  # 10 s are gone before
+    assert clock.steps == 3 + 10 + 24 and clock.now == 1000 + 60 + 36 * 0.25
+    assert n == (300 - (10 + 60 + 9)) / 0.25
+    for _ in range(n):
+        clock.step()
+    assert clock.now == 990 + 300
+    assert capsys.readouterr().out == "minutes: 250.0 ms a step: 884 steps in what is left of 5 minutes\n"
+
+
+def test_a_long_step_is_timed_ten_times():
+    clock = Clock(8.0)
+    assert run.steps_that_fit(60, 1000.0, clock.step, clock) == (3600 - 13 * 8) / 8 and clock.steps == 13
+
+
+def test_not_one_step_fits():
+    clock = Clock(60.0, 2.0)
+    refused = r"^minutes=1.4: not one step fits: 84.0 s are gone on .*, and a step takes 2000.0 ms$"
+    with pytest.raises(UserError, match=refused):
+        run.steps_that_fit(1.4, 1000.0, clock.step, clock)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
