@@ -1,7 +1,8 @@
 """What single subcomponents do, counted in one pass over validation text: the counting half of studies/report.py.
 
-  A. One pass   examples, counts, histograms: they do not grow with the text
-  B. Tables     what the counts say: tokens, co-activity; what U and V say: promoted tokens, norms of heads
+  A. Which      those that are live, and their names
+  B. One pass   examples, counts, histograms: they do not grow with the text
+  C. Tables     what the counts say: tokens, co-activity; what U and V say: promoted tokens, norms of heads
 
 Left out: subcomponents that are not live.
 """
@@ -15,8 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import eval as evaluation
 from cluster import coactivation
-from eval import Run
+from eval import ALIVE, Run, mean_importances
+from run import UserError
 
 CONTEXT = 20  # tokens shown on each side of an example
 BINS = 40  # of a histogram
@@ -25,7 +28,46 @@ PAIRS_EVERY = 32_768  # tokens after which pairs are counted
 TOP = 10  # rows of a table of tokens; co-active subcomponents of a matrix
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A. One pass over the text
+# A. Which
+
+
+def evaluated_importances(run: Run, corpus: data.Corpus) -> tuple[Tensor, ...]:
+    """mean_importances on eval.py's windows, [C] each, some windows at a time."""
+    n, T = run.config["eval_windows"], run.config["T"]
+    parts = run.batches(evaluation.validation_windows(corpus, n, T, evaluation.Config.seed))
+    means = zip(*(mean_importances([run.importances(x[:, :-1])[1]]) for x in parts))
+    return tuple((sum(len(x) * part.double() for x, part in zip(parts, of)) / n).float() for of in means)
+
+
+def live_columns(run: Run, mean_g: Tensor) -> np.ndarray:
+    """The live subcomponents among all C, by the mean g of `evaluated_importances`. UserError if there is none."""
+    live = np.flatnonzero(mean_g > ALIVE)
+    if not len(live):
+        seen = f"{run.config['eval_windows'] * run.config['T']:,} validation tokens"
+        why = f"none of {len(mean_g):,} has a mean g above {ALIVE:g} over {seen}"
+        raise UserError(f"{run.folder}: no live subcomponent: {why}; train longer, or with a smaller beta_imp")
+    return live
+
+
+def short(name: str) -> str:
+    """ "blocks.1.mlp.up" to "1.mlp.up", as in the page's links."""
+    return name.removeprefix("blocks.")
+
+
+def names_of(run: Run, columns: np.ndarray) -> list[str]:
+    """Names of the columns among all C, as in the page's links: "1.mlp.up:23"."""
+    columns = columns_of(columns, run.decomposition.C)
+    return [f"{short(name)}:{c}" for name, numbers in zip(run.decomposition.names, columns) for c in numbers]
+
+
+def columns_of(live: np.ndarray, C: dict[str, int]) -> list[np.ndarray]:
+    """Columns among all C, ascending [n], as numbers within each matrix."""
+    first = np.cumsum([0, *C.values()])
+    return [live[(live >= a) & (live < b)] - a for a, b in zip(first, first[1:])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B. One pass over the text
 
 
 class Examples:
@@ -83,11 +125,15 @@ class Harvest:
     random: Examples  # drawn evenly from the positions where it fires
 
 
+def window_starts(corpus: data.Corpus, T: int, n_tokens: int, seed: int) -> np.ndarray:
+    """Where the windows of `random_windows` begin in the validation text, [N / T], in random order."""
+    return T * np.random.default_rng(seed).permutation(len(corpus.tokens["val"]) // T)[: -(-n_tokens // T)]
+
+
 def random_windows(corpus: data.Corpus, T: int, n_tokens: int, seed: int) -> Tensor:
     """n_tokens or a few more of the validation text, at most all of it: windows [N / T, T] that do not overlap."""
-    tokens = corpus.tokens["val"]
-    order = np.random.default_rng(seed).permutation(len(tokens) // T)[: -(-n_tokens // T)]
-    return torch.from_numpy(tokens[order[:, None] * T + np.arange(T)].astype(np.int64))
+    starts = window_starts(corpus, T, n_tokens, seed)
+    return torch.from_numpy(corpus.tokens["val"][starts[:, None] + np.arange(T)].astype(np.int64))
 
 
 def activations(run: Run, inputs: list[Tensor], columns: list[np.ndarray]) -> Tensor:
@@ -95,12 +141,6 @@ def activations(run: Run, inputs: list[Tensor], columns: list[np.ndarray]) -> Te
     U, V, names = run.decomposition.U, run.decomposition.V, run.decomposition.names
     parts = [x @ (V[name][:, c] * U[name][:, c].norm(dim=0)).detach() for name, x, c in zip(names, inputs, columns)]
     return torch.cat(parts, -1)
-
-
-def columns_of(live: np.ndarray, C: dict[str, int]) -> list[np.ndarray]:
-    """Columns among all C, ascending [n], as numbers within each matrix."""
-    first = np.cumsum([0, *C.values()])
-    return [live[(live >= a) & (live < b)] - a for a, b in zip(first, first[1:])]
 
 
 def count(g: np.ndarray, a: np.ndarray, fires: np.ndarray, a_range: np.ndarray) -> dict[str, np.ndarray]:
@@ -188,7 +228,7 @@ def harvest(run: Run, corpus: data.Corpus, live: np.ndarray, n_tokens: int, k: i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# B. Tables
+# C. Tables
 
 
 def token_table(counts: sp.csr_matrix, fires: np.ndarray, total: np.ndarray, N: int, by: str) -> dict[str, np.ndarray]:

@@ -34,11 +34,11 @@ from torch import Tensor
 import data
 import eval as evaluation
 from cluster import read_clusters
-from eval import ALIVE, Run, adversarial_sources, layer_of, masks, mean_importances
+from eval import ALIVE, Run, adversarial_sources, layer_of, masks
 from losses import BETAS, mask
 from run import UserError, require, run_script, write_text
 from studies import harvest
-from studies.harvest import Examples, Harvest
+from studies.harvest import Examples, Harvest, evaluated_importances, live_columns, names_of, short
 
 MOST_EXAMPLES = 120_000  # in a report, of all subcomponents together: what keeps it under 30 MB
 PROMPT_TOKENS = 64  # of a prompt taken from the validation text, at most
@@ -95,11 +95,6 @@ def look_at_prompt(run: Run, tokens: list[int], seed: int) -> dict[str, np.ndarr
 
 OURS = {"name", "matrix", "density", "mean_g", "mean_activation", "top", "random", "promotes", "suppresses"}
 OURS |= {f"{kind}_by_{by}" for kind in ("input", "predicted") for by in ("recall", "pmi")}  # all but the label
-
-
-def short(name: str) -> str:
-    """ "blocks.1.mlp.up" to "1.mlp.up", as in the page's links."""
-    return name.removeprefix("blocks.")
 
 
 def rows_of(text: str) -> Iterator[tuple[int, str | dict]]:
@@ -250,6 +245,23 @@ def beside(run: Run, name: str, read: Callable[[], Any]) -> Any:
         print(f"report: the page is without {name}: {error}")
 
 
+def read_rules(run: Run) -> dict:
+    """What the page says of rules.json: the share explained, and of each subcomponent its rule in words and F1."""
+    path = run.folder / "rules.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        evaluation.check_mark(path, found, run.mark, "-m studies.rules")
+        of = {}
+        for name, row in found["subcomponents"].items():
+            values = ", ".join(row["values"][:4]) + (", …" if row["n_values"] > 4 else "")
+            of[name] = [f"{row['rule']}: {values}", row["score"], row["null_95"]]
+        return {"share": found["share_explained"], "score": found["mean_score"], "of": of}
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a whole rules.json of studies.rules ({type(error).__name__})") from error
+
+
 def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, dict]:
     """What the page says of the whole run: matrices, the table of eval.py, losses, clusters."""
     C, c = run.decomposition.C, run.config
@@ -264,6 +276,7 @@ def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, dict]:
     logged = [name for name in ("step", "l0", "p", "total", *betas) if rows and name in rows[0]]
     page = {
         "run": run.folder.resolve().name, "matrices": matrices, "betas": betas, "alive": ALIVE, "clusters": None,
+        "rules": beside(run, "rules.json", lambda: read_rules(run)),
         "metrics": beside(run, "metrics.json", lambda: evaluation.read_metrics(run.folder, run.mark)),
         "log": {name: [float(f"{row[name]:.4g}") for row in rows] for name in logged},
     }  # fmt: skip
@@ -334,20 +347,6 @@ class Config:
             raise UserError(f"examples={self.examples}: at most 255")
 
 
-def evaluated_importances(run: Run, corpus: data.Corpus) -> tuple[Tensor, ...]:
-    """mean_importances on eval.py's windows, [C] each, some windows at a time."""
-    n, T = run.config["eval_windows"], run.config["T"]
-    parts = run.batches(evaluation.validation_windows(corpus, n, T, evaluation.Config.seed))
-    means = zip(*(mean_importances([run.importances(x[:, :-1])[1]]) for x in parts))
-    return tuple((sum(len(x) * part.double() for x, part in zip(parts, of)) / n).float() for of in means)
-
-
-def names_of(run: Run, columns: np.ndarray) -> list[str]:
-    """Names of the columns among all C, as in the page's links: "1.mlp.up:23"."""
-    columns = harvest.columns_of(columns, run.decomposition.C)
-    return [f"{short(name)}:{c}" for name, numbers in zip(run.decomposition.names, columns) for c in numbers]
-
-
 def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
     """Harvest, write report.html and labels.jsonl, and print where; returns the path of the page.
 
@@ -355,11 +354,7 @@ def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
     """
     began, folder = time.time(), Path(config.out) if config.out else run.folder
     mean_g, l0 = evaluated_importances(run, corpus)
-    live = np.flatnonzero(mean_g > ALIVE)
-    if not len(live):
-        seen = f"{run.config['eval_windows'] * run.config['T']:,} validation tokens"
-        why = f"none of {len(mean_g):,} has a mean g above {ALIVE:g} over {seen}"
-        raise UserError(f"{run.folder}: no live subcomponent: {why}; train longer, or with a smaller beta_imp")
+    live = live_columns(run, mean_g)
     names, every = names_of(run, live), names_of(run, np.arange(len(mean_g)))
     by_hand = read_labels(Path(config.labels)) if config.labels else {}
     for name in sorted(by_hand.keys() - every):

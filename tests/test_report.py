@@ -567,6 +567,24 @@ def test_files_of_another_training_are_left_out(case, live, tmp_path, capsys):
         assert found == (None, None, -1) and len(lines) == 2
 
 
+def test_rules_of_this_training_are_on_the_page(case, live, tmp_path, capsys):
+    run, _ = case
+    run = dataclasses.replace(run, folder=tmp_path)
+    names, mean_g = report.names_of(run, live), torch.zeros(52).index_fill(0, torch.from_numpy(live), 1.0)
+    row = {"rule": "token", "values": list("abcdef"), "n_values": 9, "score": 0.75, "null_95": 0.125}
+    found = {"run_mark": run.mark, "share_explained": 0.5, "mean_score": 0.25, "subcomponents": {names[0]: row}}
+    rules = lambda: report.of_the_run(run, mean_g, mean_g)[0]["rules"]
+    assert rules() is None
+    (tmp_path / "rules.json").write_text(json.dumps(found))
+    assert rules() == {"share": 0.5, "score": 0.25, "of": {names[0]: ["token: a, b, c, d, …", 0.75, 0.125]}}
+    assert capsys.readouterr().out == ""
+    other = json.dumps(found | {"run_mark": "0" * 16})
+    for text, why in ((other, "is of an earlier training"), ("[]", "is not whole"), ("{", "is not a whole"),
+                      (json.dumps(found | {"subcomponents": 3}), "is not a whole rules.json")):  # fmt: skip
+        (tmp_path / "rules.json").write_text(text)
+        assert rules() is None and why.replace("not whole", "not a whole") in capsys.readouterr().out
+
+
 @pytest.fixture
 def in_home(home, whole):
     """Beside `whole`: `bare-run`, its checkpoint alone, `dead-run`, whose every z is below 0, and labels."""
