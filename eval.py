@@ -265,6 +265,11 @@ def mean_importances(gs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return mean_g.cpu(), l0.cpu()
 
 
+def l0_above(threshold: float, gs: list[Tensor]) -> float:
+    """L0 of the subcomponents with g above a threshold, a position, of g [B, T, C] in parts."""
+    return sum((g > threshold).sum().item() for g in gs) / sum(g[..., 0].numel() for g in gs)
+
+
 def of_windows(opened: Run, windows: Tensor, at_a_time: int = 0) -> tuple[list[Batch], list[Tensor]]:
     """(x, f(x | W), g) and the next tokens [B, T] of windows [N, T + 1], in parts."""
     parts = opened.batches(windows, at_a_time)
@@ -357,6 +362,7 @@ def evaluate(opened: Run, corpus: data.Corpus, config: Config) -> tuple[dict, di
         "ce_unrecovered": {mode: gap[mode] / gap["zero"] if gap["zero"] else 0.0 for mode in MODES},
         "compute_recovered": {mode: compute_recovered(gap[mode], target["curve"]) for mode in MODES},
         "l0": {"total": l0.sum().item(), "per_matrix": per_matrix(l0)},
+        "l0_above_0.1": l0_above(0.1, [g for _, _, g in batches]),
         "live": {"total": live.sum().item(), "per_matrix": per_matrix(live), "C": sum(counts)},
         "faithfulness": faithfulness(decomposition).item(),
         "hidden_mse": {mode: found[mode]["mse"] for mode in MODES if "mse" in found[mode]},
@@ -431,6 +437,7 @@ def table(metrics: dict, C: dict[str, int]) -> str:
     lines.append(
         f"{'total':20s} {metrics['live']['C']:8d} {metrics['live']['total']:9d} {metrics['l0']['total']:15.2f}"
     )
+    lines.append(f"{'total, g > 0.1':20s} {'':18s} {metrics['l0_above_0.1']:15.2f}")
     mse = ", ".join(f"{mode} {value:.4f}" for mode, value in metrics["hidden_mse"].items())
     lines += ["", f"faithfulness {metrics['faithfulness']:.2e}   hidden MSE {mse}"]
     lines.append("seconds: " + ", ".join(f"{part} {value:.0f}" for part, value in metrics["seconds"].items()))

@@ -369,15 +369,17 @@ def test_l0_and_live_by_brute_force(opened, corpus, windows):
     opened.ci_fn.out.weight.data[5], opened.ci_fn.out.bias.data[5] = 0, 1e-7  # always on, but too little to be live
     metrics, mean_g = evaluate(opened, corpus, config(batch=3))
     names = [name for name, C_l in opened.decomposition.C.items() for _ in range(C_l)]  # of each subcomponent
-    on, total = dict.fromkeys(names, 0), torch.zeros(C)
+    on, total, above = dict.fromkeys(names, 0), torch.zeros(C), 0
     for window in windows:
         for g in opened.importances(window[None, :-1])[1][0]:  # [C] of a position
             total += g
+            above += sum(value > 0.1 for value in g.tolist())
             for name, value in zip(names, g.tolist()):
                 on[name] += value > 0
     live = {name: sum(total[c].item() / (8 * T) > 1e-6 for c in range(C) if names[c] == name) for name in on}
     assert metrics["l0"]["per_matrix"] == pytest.approx({name: n / (8 * T) for name, n in on.items()})
     assert metrics["l0"]["total"] == pytest.approx(sum(on.values()) / (8 * T))
+    assert 0 < metrics["l0_above_0.1"] == pytest.approx(above / (8 * T)) < metrics["l0"]["total"]
     assert metrics["live"]["per_matrix"] == live and metrics["live"]["total"] == sum(live.values()) <= C - 6
     assert metrics["live"]["C"] == C
     assert list(mean_g) == opened.decomposition.names
@@ -584,6 +586,7 @@ def test_table_shows_every_number():
         "compute_recovered": {mode: 1 - 0.05 * i for i, mode in enumerate(MODES)},
         "adv_steps": [20, 1280],
         "l0": {"total": 6.75, "per_matrix": dict(zip(counts, (1.5, 2.25, 3.0)))},
+        "l0_above_0.1": 5.25,
         "live": {"total": 9, "per_matrix": dict(zip(counts, (2, 3, 4))), "C": 15},
         "faithfulness": 1.25e-7,
         "hidden_mse": {"stochastic": 0.0125, "ci": 0.25},
@@ -612,6 +615,7 @@ def test_table_shows_every_number():
         "blocks.0 8 5 3.75",  # 3 + 5, 2 + 3, 1.5 + 2.25
         "blocks.1 7 4 3.00",
         "total 15 9 6.75",
+        "total, g > 0.1 5.25",
         "faithfulness 1.25e-07 hidden MSE stochastic 0.0125, ci 0.2500",
         "seconds: target 51, decompose 377, eval 42",
     }
