@@ -729,7 +729,8 @@ def refuse_non_finite(row: dict[str, float], learning: list[torch.Tensor], lr: s
 
 
 TIMED = 10  # steps at least that are timed for --minutes
-TIMED_SHARE = 0.02  # of the minutes, for which steps are timed
+TIMED_SHARE = 0.02  # of the minutes, for which steps are timed,
+TIMED_SECONDS = 20.0  # but no longer than this
 
 
 def steps_that_fit(
@@ -748,10 +749,10 @@ def steps_that_fit(
 
     seconds(3)  # compiles, and fills caches
     a_step = max(seconds(TIMED), 1e-9)  # a clock may stand still for so long
-    if (more := int(TIMED_SHARE * 60 * minutes / a_step)) > TIMED:
+    if (more := int(min(TIMED_SHARE * 60 * minutes, TIMED_SECONDS) / a_step)) > TIMED:
         a_step = seconds(more)
     gone = distributed.shared(clock() - began)
-    n = int((60 * minutes - gone) / a_step)
+    n = min(int((60 * minutes - gone) / a_step), 2**62)
     if n < 1:
         raise UserError(
             f"minutes={minutes:g}: not one step fits: {gone:.1f} s are gone on warming up, compiling and measuring, "

@@ -62,7 +62,7 @@ def numbers(config: Config, name: str, kind: type, above: float) -> list:
         values = [kind(part) for part in getattr(config, name).split(",")]
     except ValueError:
         values = []
-    if not values or not all(above < value < math.inf for value in values) or len(set(values)) < len(values):
+    if not values or not all(above < value < 2**63 for value in values) or len(set(values)) < len(values):
         example = "0.7,1,1.4" if kind is float else "0,1,2"
         raise UserError(f"{name}={getattr(config, name)!r}: must be different numbers, as in {example}")
     return values

@@ -218,10 +218,10 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
     def __post_init__(self) -> None:
-        require(self, "above 0", "tokens")
+        require(self, "above 0", "tokens", "shuffles")
         require(self, "0 or above", "seed")
-        if self.shuffles < 19:
-            raise UserError(f"shuffles={self.shuffles}: a quantile of {QUANTILE:g} needs at least 19")
+        if not 19 <= self.shuffles <= 10_000:
+            raise UserError(f"shuffles={self.shuffles}: must be 19 to 10,000, for a quantile of {QUANTILE:g}")
 
 
 def rules(positions: Positions, names: list[str], shuffles: int, seed: int) -> dict:

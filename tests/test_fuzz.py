@@ -17,6 +17,7 @@ import eval as evaluation
 import run
 import studies.components
 import studies.report
+import studies.rules
 import studies.sharing
 import toys.__main__
 import train_target
@@ -49,12 +50,15 @@ USUAL = {
     studies.report: ["fuzzed", "--tokens=64", "--val_prompts=1", "--examples=2"],
     studies.components: ["fuzzed", "--windows=1"],
     studies.sharing: ["fuzzed", "--windows=2", "--steps=1", "--more=2", "--starts=1"],
+    studies.rules: ["fuzzed", "--tokens=64", "--shuffles=19"],
     toys.__main__: ["tms_5-2", "--steps=2", "--restarts=1", "--faith_steps=1"],
     bench.step: ["--steps=1", "--scale=0.1", "--B=1", "--T=4", "--compile=False", "--naive=False"],
     bench.plan: [],
 }
 SLOW_FLAGS = (
     "compile",
+    "minutes",
+    "shuffles",
     "device",
     "wandb",
     "sweep",

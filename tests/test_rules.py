@@ -159,7 +159,7 @@ def test_a_run(whole, tmp_path, capsys, monkeypatch):
 
 
 def test_bad_input_ends_in_one_line(whole, tmp_path):
-    assert "shuffles=5: a quantile of 0.95 needs at least 19" in one_line(rules, str(whole), "--shuffles=5")
+    assert "shuffles=5: must be 19 to 10,000" in one_line(rules, str(whole), "--shuffles=5")
     assert "tokens=20: 2 windows of 16 tokens: there must be 4" in one_line(rules, str(whole), "--tokens=20")
     assert "does not exist" in one_line(rules, str(tmp_path / "none"))
     shutil.copytree(whole, tmp_path / "dead")

@@ -362,6 +362,11 @@ def test_a_long_step_is_timed_ten_times():
     assert run.steps_that_fit(60, 1000.0, clock.step, clock) == (3600 - 13 * 8) / 8 and clock.steps == 13
 
 
+def test_steps_are_not_timed_for_long():
+    clock = Clock(0.5)
+    assert run.steps_that_fit(10**4, 1000.0, clock.step, clock) == 6 * 10**5 / 0.5 - 53 and clock.steps == 3 + 10 + 40
+
+
 def test_not_one_step_fits():
     clock = Clock(60.0, 2.0)
     refused = r"^minutes=1.4: not one step fits: 84.0 s are gone on .*, and a step takes 2000.0 ms$"

@@ -5,6 +5,7 @@ import typing
 
 import pytest
 
+import bench.frontier
 import bench.plan
 import bench.report
 import bench.step
@@ -14,6 +15,7 @@ import eval as evaluation
 import run
 import studies.components
 import studies.report
+import studies.rules
 import studies.sharing
 import toys.__main__
 import train_target
@@ -21,7 +23,7 @@ from run import UserError
 
 SCRIPTS = (
     train_target, decompose, evaluation, cluster, studies.report, studies.components, toys.__main__, bench.plan,
-    bench.report, bench.step, studies.sharing,
+    bench.report, bench.step, bench.frontier, studies.rules, studies.sharing,
 )  # fmt: skip
 SENSELESS = (float("nan"), float("inf"), -float("inf"), -1, 2**64)
 FINE = {("gamma", float("inf")), ("gamma", 2**64), ("ci_bias", -1)}  # greedy merging; any number that is not huge
@@ -32,6 +34,8 @@ TEXTS = {  # numbers in text
     "more": ("nan", "0", "320,", "2.5"),
     "alpha": ("", "nan", "-1", "1e400", "inf", "10,", "1,nan"),
     "live": ("", "nan", "-1", "1e400", "0", "1000,", "9" * 12),
+    "factors": ("", "nan", "-1", "0", "1e400", "1,", "1,1"),
+    "seeds": ("", "nan", "-1", "2.5", "0,", "1,1", str(2**64)),
     "C": ("", "nan", "-1", "*=nan", "*=1e400", "*="),
 }
 
