@@ -60,6 +60,7 @@ class Method:
     adv_warmup: float = 0.025  # share of the steps
     adv_scope: Literal["position", "batch"] = "position"  # a source per position, or one that the batch shares
     adv_routing: Literal["all", "subset"] = "all"  # matrices that the adversary masks at a position
+    stoch_routing: Literal["subset", "layerwise"] = "subset"  # and the random masks; layerwise: SPD's, all or one alone
     halves: bool = True  # every other sequence is the adversary's, the rest random masks'; else all are of both
     # Training
     steps: int = 5800  # of the main loop
@@ -260,7 +261,9 @@ class VPD:
 
         if c.beta_stoch > 0:
             r = losses.sample_sources((*shape, g.shape[-1] + L), self.generator)
-            routing = losses.sample_routing(shape, L, self.generator)
+            layerwise = c.stoch_routing == "layerwise"
+            sample = losses.sample_layerwise_routing if layerwise else losses.sample_routing
+            routing = sample(shape, L, self.generator)
             row["stochastic"] = self.reconstruction(*second, r, routing)
             (c.beta_stoch * row["stochastic"]).backward()
             del r

@@ -1,6 +1,6 @@
 """The losses of VPD as plain functions, in the order of the paper, and the adversary.
 
-  A. masks        mask, sample_sources, sample_routing
+  A. masks        mask, sample_sources, sample_routing, sample_layerwise_routing
   B. divergence   kl_divergence, HiddenKL, mse
   C. five losses  reconstruction (stochastic or adversarial), importance_ and frequency_minimality, faithfulness
   D. Adversary    persistent sources that ascend the reconstruction loss (PPGD)
@@ -49,6 +49,17 @@ def sample_routing(shape: tuple[int, ...], L: int, generator: torch.Generator) -
     k = torch.randint(1, L + 1, (*shape, 1), generator=generator, device=generator.device)
     order = torch.rand(*shape, L, generator=generator, device=generator.device).argsort(-1)  # a random permutation
     return order < k
+
+
+def sample_layerwise_routing(shape: tuple[int, ...], L: int, generator: torch.Generator) -> Tensor:
+    """SPD's routing, bool [*shape, L]: half of the positions have all matrices masked, the others a random one alone.
+
+    SPD has two losses, D with all matrices masked and the mean over l of D with matrix l masked alone. Under this
+    routing twice the reconstruction loss has their sum as its expectation, in one pass and not 1 + L of them.
+    """
+    every = torch.rand(*shape, 1, generator=generator, device=generator.device) < 0.5
+    one = torch.randint(0, L, shape, generator=generator, device=generator.device)
+    return every | F.one_hot(one, L).bool()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -251,6 +251,7 @@ def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_
         dict(beta_stoch=0.0),
         dict(adv_scope="batch", S=2),
         dict(adv_routing="subset", S=2),
+        dict(stoch_routing="layerwise", S=2),
         dict(muon=0.0),
         dict(halves=False, S=2),
     ],

@@ -79,6 +79,15 @@ def test_every_subset_of_k_matrices_is_equally_likely(routing, k, subsets):
     assert (counts / counts.sum()).tolist() == pytest.approx([1 / subsets] * subsets, abs=0.015)
 
 
+def test_layerwise_routing_masks_all_matrices_or_one_alone():
+    routing = losses.sample_layerwise_routing((200, 300), 4, generator())
+    assert (routing.shape, routing.dtype) == ((200, 300, 4), torch.bool)
+    chosen, counts = routing.flatten(0, 1).unique(dim=0, return_counts=True)
+    share = {tuple(row): n.item() / 60_000 for row, n in zip(chosen.tolist(), counts)}
+    assert share.pop((True,) * 4) == pytest.approx(1 / 2, abs=0.01) and len(share) == 4
+    assert all(sum(row) == 1 for row in share) and [*share.values()] == pytest.approx([1 / 8] * 4, abs=0.01)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # B. Divergence
 
@@ -274,6 +283,21 @@ def test_stochastic_reconstruction_of_two_matrices_in_expectation():
     f, x = linears([[1]], [[1]], UV=1), torch.ones(200, 150, 1)
     loss = stochastic(f, x, x, torch.zeros(200, 150, 2), generator(), losses.mse)
     assert loss.item() == pytest.approx(17 / 36, abs=0.01)
+
+
+def test_layerwise_routing_is_the_sum_of_both_losses_of_spd():
+    """Twice the loss, against D with all three matrices masked plus the mean of D with each alone, by brute force."""
+    f, rows = linears([[2.0]], [[-1.0]], [[0.5]], UV=1), 40_000
+    x, g, r = torch.ones(rows, 1), torch.zeros(rows, 3), torch.tensor([0.3, 0.6, 0.9, 0.5, 0.2, 0.1]).expand(1, rows, 6)
+
+    def D(*masked):
+        routing = torch.tensor([l in masked for l in range(3)]).expand(1, rows, 3)
+        return losses.reconstruction(f, x, f(x), g, r, routing, losses.mse).item()
+
+    routing = losses.sample_layerwise_routing((1, rows), 3, generator())
+    drawn = losses.reconstruction(f, x, f(x), g, r, routing, losses.mse).item()
+    assert 2 * drawn == pytest.approx(D(0, 1, 2) + (D(0) + D(1) + D(2)) / 3, rel=0.02)
+    assert D(0, 1, 2) != pytest.approx(D(0), rel=0.1)
 
 
 def test_stochastic_reconstruction_is_a_function_of_the_generator(decomposition, gpt, tokens):

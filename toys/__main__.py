@@ -3,6 +3,7 @@ the toys of the APD and SPD papers).
 
     python -m toys tms_5-2                      # half a minute on 2 CPU cores; every check passes
     python -m toys tms_5-2 --method=spd         # the predecessor: no adversary, no frequency term
+    python -m toys tms_5-2 --method=apd         # the oldest method: attributions and top-k (toys/apd.py)
     python -m toys ping_pong --beta_freq=0 --beta_imp=3e-3    # without the frequency term, as sparse
     python -m toys resid_mlp1 --help            # a toy's own settings
 
@@ -10,7 +11,7 @@ Trains the target (toys/targets.py), decomposes it with the VPD of decompose.py,
 writes out/toy-<name>-<method>-<seed>/ with metrics.json, config.json, checkpoint.pt and toy.png. docs/toys.md says what
 to expect of each toy.
 
-Left out: APD, whose published numbers stand beside ours; training on several seeds at once.
+Left out: training on several seeds at once.
 """
 
 import json
@@ -31,7 +32,7 @@ from ci_fn import CITransformer
 from decompose import VPD, Method
 from model import Decomposition
 from run import UserError
-from toys import checks, figures
+from toys import apd, checks, figures
 from toys.gamma import CIMLPs, CISharedMLP
 from toys.targets import TOYS, InductionHead, train
 
@@ -67,10 +68,11 @@ VPD_PRESETS = {
         ci="transformer", hidden=64,
     ),
 }  # fmt: skip
-# The predecessor with its authors' importance coefficient, p, C and learning rate. It differs from theirs in having one
-# stochastic loss, routed through random subsets, and not one over all matrices and one over each alone; in its batch
-# (theirs: 1024 to 4096), steps (10,000 to 200,000), a cosine for every toy, and a clipped gradient.
+# The predecessor with its authors' importance coefficient, p, C and learning rate, and their two stochastic losses (all
+# matrices, and each alone), drawn as one of twice the weight. It differs from theirs in its batch (theirs: 1024 to
+# 4096), steps (10,000 to 200,000), a cosine for every toy, and a clipped gradient.
 SPD = dict(beta_adv=0.0, beta_freq=0.0, B=1024, steps=10_000, ci="mlp", hidden=16)
+SPD |= dict(beta_stoch=2.0, stoch_routing="layerwise")
 SPD_PRESETS = {
     "tms_5-2": dict(C=20, lr=1e-3, beta_imp=3e-3, p_start=1.0, p_end=1.0),
     "tms_5-2-id": dict(C=20, lr=1e-3, beta_imp=3e-3, p_start=1.0, p_end=1.0),
@@ -127,14 +129,20 @@ def preset(toy: str, method: Literal["vpd", "spd"]) -> Config:
     return Config(toy=toy, method=method, **(SHARED | given))
 
 
-def defaults() -> Config:
+def named_method() -> str:
+    """What follows --method on the command line, before it is read: the methods have flags of their own."""
+    pairs = [arg.split("=", 1) for arg in sys.argv if "=" in arg] + [*zip(sys.argv, sys.argv[1:])]
+    return dict(map(tuple, pairs)).get("--method", "vpd")
+
+
+def defaults() -> Config | apd.Config:
     """The preset of the toy and the method that the command line names, so that --help shows it and flags change it."""
     named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     late = [arg for arg in sys.argv[2:] if arg in TOYS]
     if late and not named:
         raise UserError(f"{late[0]}: the name of the toy comes first")
-    spd = "--method=spd" in sys.argv or ("--method", "spd") in zip(sys.argv, sys.argv[1:])
-    return preset(sys.argv[1] if named else "tms_5-2", "spd" if spd else "vpd")
+    name, method = sys.argv[1] if named else "tms_5-2", named_method()
+    return apd.preset(name) if method == "apd" else preset(name, "spd" if method == "spd" else "vpd")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +192,7 @@ def decompose(config: Config, target: nn.Module) -> VPD:
     return best
 
 
-def main(config: Config) -> None:
+def main(config: Config | apd.Config) -> None:
     torch.set_num_threads(1)  # these matrices are small: a second thread costs more than it gives
     folder = run.new_folder(config.out, Path(f"out/toy-{config.toy}-{config.method}-{config.seed}"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,18 +200,21 @@ def main(config: Config) -> None:
     began = time.time()
     target = train(TOYS[config.toy], config.seed)
     trained = time.time()
-    vpd = decompose(config, target)
+    vpd = apd.decompose(config, target) if config.method == "apd" else decompose(config, target)
     seconds = {"target": trained - began, "decompose": time.time() - trained}
 
     title, ablations, alphas = f"{config.toy}, {config.method}, seed {config.seed}", {}, []
-    if config.toy == "induction":
+    if config.method == "apd":
+        found = apd.feature_checks(config, vpd)
+        figures.plot(apd.matrices(config, vpd, target.probes()), folder / "toy.png", title)
+    elif config.toy == "induction":
         ablations = checks.induction_ablations(vpd, config.seed)
         found = checks.induction_checks(vpd, config.seed, ablations)
         figures.plot_induction(ablations, folder / "toy.png", title)
         print(figures.ablation_table(ablations))
     else:
         found = checks.feature_checks(vpd, config.seed)
-        figures.plot(vpd, folder / "toy.png", title)
+        figures.plot(checks.matrices(vpd, target.probes()), folder / "toy.png", title)
         alphas = checks.known_clusterings(vpd, config.seed)
         at = ", ".join(map(str, alphas)) or "none"
         print(f"cluster.py groups the live subcomponents as they belong together at alpha = {at}")
@@ -220,4 +231,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run.run_script(main, Config, __doc__, defaults)
+    run.run_script(main, apd.Config if named_method() == "apd" else Config, __doc__, defaults)

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from decompose import VPD
 from eval import save_figure, subplots
-from toys.checks import Ablations, Check, live, matrices, permute_identity, piece_cosines
+from toys.checks import Ablations, Check, Matrix, live, permute_identity, piece_cosines
 
 # MMCS and ML2R of linear1 as published, mean and sd over seeds: SPD, APD. APD fails on the identity toys.
 PUBLISHED = {
@@ -37,13 +36,12 @@ def ablation_table(ablations: Ablations) -> str:
     return "\n".join(lines + [f"{what:<26} {a:>10.3f} {p:>22.3f} {i:>20.3f}" for what, (a, p, i) in ablations.items()])
 
 
-def plot(vpd: VPD, path: Path, title: str) -> None:
+def plot(found: list[Matrix], path: Path, title: str) -> None:
     """A row for each matrix: what is in W, what was recovered of it, and the causal importances on the probes.
 
     Pieces are shown as columns of what they write. A right answer has the same picture twice and a diagonal, or for a
     dense matrix n full columns.
     """
-    found = matrices(vpd, vpd.decomposition.target.probes())
     figure, axes = subplots(len(found), 3, (11, 2.9 * len(found)), squeeze=False)
     for row, matrix in zip(axes, found):
         U, V, g, n = matrix.U, matrix.V, matrix.g_probes, matrix.n
