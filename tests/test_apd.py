@@ -3,9 +3,11 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import one_line
 from torch.func import functional_call, jvp
 
 import losses
@@ -148,3 +150,28 @@ def test_a_run_leaves_its_folder(name, tmp_path, monkeypatch, capsys):
     config = json.loads((folder / "config.json").read_text())
     assert (config["toy"], config["method"], config["C"]) == (name, "apd", 4)
     assert "checks pass" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["tms_5-2", "--method=apd", "--out=full"], "out=full is not an empty folder"),
+    (["ping_pong", "--method=apd"], "method=apd: 'ping_pong' has no settings; there are tms_5-2"),
+    (["nosuch", "--method", "apd"], "method=apd: unknown toy 'nosuch'"),
+    (["tms_5-2", "--method=apd", "--top_k=11"], "top_k=11.0: must be at most C=10"),
+    (["tms_5-2", "--method=apd", "--beta_adv=1"], "unknown flag '--beta_adv=1'"),
+    (["tms_5-2", "--method=apd", "--lr=9e18", "--steps=3", "--B=8"], "try a smaller lr than 9e+18"),
+])  # fmt: skip
+def test_bad_flags_end_with_one_line(flags, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(TOYS, "tms_5-2", replace(TOYS["tms_5-2"], steps=1))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "checkpoint.pt").touch()
+    script = SimpleNamespace(
+        __name__="toys", __doc__=toy.__doc__, main=toy.main, Config=apd.Config, defaults=toy.defaults
+    )
+    assert said in one_line(script, *flags)
+
+
+def test_the_method_on_the_command_line(monkeypatch):
+    for flags, method in (["--method=apd"], "apd"), (["--method", "spd"], "spd"), (["--C=3"], "vpd"):
+        monkeypatch.setattr(sys, "argv", ["toys", "tms_5-2", *flags])
+        assert toy.named_method() == method == toy.defaults().method

@@ -343,11 +343,6 @@ def test_contradictions_are_refused_with_both_names():
     (["induction", "--hidden=12"], "hidden=12: with ci=transformer a multiple of 8"),
     (["ping_pong", "--steps=2", "--C=6", "--lr=9e18"], "at step 1: try a smaller lr than 9e+18"),
     (["tms_5-2", "--out=full"], "out=full is not an empty folder"),
-    (["tms_5-2", "--method=apd", "--out=full"], "out=full is not an empty folder"),
-    (["ping_pong", "--method=apd"], "method=apd: 'ping_pong' has no settings; there are tms_5-2"),
-    (["nosuch", "--method", "apd"], "method=apd: unknown toy 'nosuch'"),
-    (["tms_5-2", "--method=apd", "--top_k=11"], "top_k=11.0: must be at most C=10"),
-    (["tms_5-2", "--method=apd", "--beta_adv=1"], "unknown flag '--beta_adv=1'"),
 ])  # fmt: skip
 def test_bad_flags_end_with_one_line(flags, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

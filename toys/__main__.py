@@ -90,7 +90,8 @@ SPD_PRESETS = {
 class Config(Method):
     # tms_5-2, tms_5-2-id, tms_40-10, tms_40-10-id, resid_mlp1, resid_mlp2, resid_mlp3, ping_pong or induction
     toy: tyro.conf.Positional[str] = "tms_5-2"
-    method: Literal["vpd", "spd"] = "vpd"  # spd: no adversary, no frequency term, an MLP for each subcomponent
+    # spd: no adversary, no frequency term, an MLP for each subcomponent; apd: see --method=apd --help
+    method: Literal["vpd", "spd"] = "vpd"
     C: int = 20  # subcomponents of each matrix
     # Gamma: one MLP over all matrices, an MLP for each subcomponent, or as for language
     ci: Literal["shared", "mlp", "transformer"] = "shared"
