@@ -139,6 +139,15 @@ def test_decompose_learns_the_sum():
     assert losses.faithfulness(apd.decompose(config, target)).item() < 0.1 * before
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_components_are_transposes(tied):
+    config, target = replace(apd.preset("tms_5-2-id"), steps=3, B=8, tied=tied), TMS(5, 2, identity=True)
+    f = apd.decompose(config, target)
+    P1, P2 = (f.U[name] @ f.V[name].T for name in ("linear1", "linear2"))
+    assert torch.allclose(P1, P2.T, atol=1e-6) == tied and f.C == dict.fromkeys(f.names, 20)
+    assert len({*f.subcomponents()}) == (4 if tied else 6)
+
+
 @pytest.mark.parametrize("name", apd.PRESETS)
 def test_a_run_leaves_its_folder(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

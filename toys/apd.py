@@ -10,6 +10,8 @@ gradient. And there are no masks in between: a component is whole or gone.
   B. Training   Config, PRESETS, decompose
   C. Checks     what VPD's toys are asked, of each component's largest singular value
 
+TMS ties W2 to W1^T, and so are its components, as the authors'.
+
 The components are the columns (c, m) of a `Decomposition`, with one mask for a c in all matrices and 0 for the Deltas.
 
 Left out: the loss on hidden activations, unit norms, and with them the residual MLPs; attributions at the sum of the
@@ -105,6 +107,7 @@ class Config:
     toy: tyro.conf.Positional[str] = "tms_5-2"  # tms_5-2, tms_5-2-id, tms_40-10 or tms_40-10-id
     method: Literal["apd"] = "apd"
     C: int = 10  # components
+    tied: bool = True  # P_c^linear2 is the transpose of P_c^linear1, as the weights are
     rank: int = 0  # of a component in each matrix, at most; 0: that of the matrix
     top_k: float = 0.211  # components an input, in the mean over a batch
     beta_delta: float = 1.0  # faithfulness
@@ -143,13 +146,17 @@ def preset(toy: str) -> Config:
 def build(config: Config, target: nn.Module) -> Decomposition:
     torch.manual_seed(config.seed)
     ranks = {name: min(of.weight.shape) for name, of in target.named_modules() if isinstance(of, nn.Linear)}
-    return Decomposition(target, {name: config.C * min(config.rank or rank, rank) for name, rank in ranks.items()})
+    f = Decomposition(target, {name: config.C * min(config.rank or rank, rank) for name, rank in ranks.items()})
+    if config.tied:  # else a component takes a feature's piece of one matrix and another component that of the other
+        f.register_parameter("U:linear2", f.V["linear1"])
+        f.register_parameter("V:linear2", f.U["linear1"])
+    return f
 
 
 def decompose(config: Config, target: nn.Module) -> Decomposition:
     """L = beta_delta L_faithfulness + beta_recon D(f(x | W), f(x | sum_c s_c P_c)) + beta_simple L_simple, by Adam."""
     f, generator = build(config, target), torch.Generator().manual_seed(config.seed + 1)
-    optimizer = torch.optim.Adam(f.subcomponents(), lr=config.lr)
+    optimizer = torch.optim.Adam([*dict.fromkeys(f.subcomponents())], lr=config.lr)  # tied ones once
     for step in (bar := run.progress_bar(0, config.steps, "decompose")):
         optimizer.param_groups[0]["lr"] = config.lr * cosine(step, config.steps, config.lr_warmup, config.lr_end)
         x = target.batch(config.B, generator)
