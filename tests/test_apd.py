@@ -97,10 +97,14 @@ def test_all_components_and_none(f):
     close(f(x, mask(f, torch.eye(4)[[2]].expand(16, -1))), functional_call(f.target, one, x))
 
 
+@pytest.fixture(scope="module")
+def target():
+    return toy.train(replace(TOYS["tms_5-2"], steps=3000), 0)
+
+
 @pytest.fixture
-def right():
+def right(target):
     """The known pieces of a trained TMS 5-2, one component a feature, and five that are 0."""
-    target = toy.train(replace(TOYS["tms_5-2"], steps=3000), 0)
     f = Decomposition(target, 10)
     for name, (U, V) in target.canonical().items():
         f.U[name].data, f.V[name].data = (torch.cat((W.detach(), 0 * W.detach()), 1) for W in (U, V))
