@@ -112,7 +112,7 @@ def right(target):
 
 
 def test_a_right_answer_passes(right):
-    config = apd.preset("tms_5-2")
+    config = replace(apd.preset("tms_5-2"), C=10)
     assert losses.faithfulness(right).item() < 1e-12  # they sum to W
     probes = right.target.probes()
     assert torch.equal(batch_top_k(attributions(right, probes, 10), 1)[:, :5], torch.eye(5))  # and A finds them
@@ -130,7 +130,7 @@ def test_checks_see_a_split_component(right):
     for name in right.names:  # two halves of feature 0
         right.U[name].data[:, 5], right.V[name].data[:, 5] = right.U[name][:, 0], right.V[name][:, 0] / 2
         right.V[name].data[:, 0] /= 2
-    found = {(c.name, c.matrix): c for c in apd.feature_checks(apd.preset("tms_5-2"), right)}
+    found = {(c.name, c.matrix): c for c in apd.feature_checks(replace(apd.preset("tms_5-2"), C=10), right)}
     assert found["ML2R of columns", "linear1"].value == pytest.approx(0.9, abs=1e-5)
     assert not found["ML2R of columns", "linear1"].ok and found["|Delta| / |W|", "linear1"].ok
 
@@ -148,7 +148,7 @@ def test_tied_components_are_transposes(tied):
     config, target = replace(apd.preset("tms_5-2-id"), steps=3, B=8, tied=tied), TMS(5, 2, identity=True)
     f = apd.decompose(config, target)
     P1, P2 = (f.U[name] @ f.V[name].T for name in ("linear1", "linear2"))
-    assert torch.allclose(P1, P2.T, atol=1e-6) == tied and f.C == dict.fromkeys(f.names, 20)
+    assert torch.allclose(P1, P2.T, atol=1e-6) == tied and f.C == dict.fromkeys(f.names, 10)
     assert len({*f.subcomponents()}) == (4 if tied else 6)
 
 
@@ -169,7 +169,7 @@ def test_a_run_leaves_its_folder(name, tmp_path, monkeypatch, capsys):
     (["tms_5-2", "--method=apd", "--out=full"], "out=full is not an empty folder"),
     (["ping_pong", "--method=apd"], "method=apd: 'ping_pong' has no settings; there are tms_5-2"),
     (["nosuch", "--method", "apd"], "method=apd: unknown toy 'nosuch'"),
-    (["tms_5-2", "--method=apd", "--top_k=11"], "top_k=11.0: must be at most C=10"),
+    (["tms_5-2", "--method=apd", "--top_k=6"], "top_k=6.0: must be at most C=5"),
     (["tms_5-2", "--method=apd", "--beta_adv=1"], "unknown flag '--beta_adv=1'"),
     (["tms_5-2", "--method=apd", "--lr=9e18", "--steps=3", "--B=8"], "try a smaller lr than 9e+18"),
 ])  # fmt: skip
