@@ -10,7 +10,7 @@ gradient. And there are no masks in between: a component is whole or gone.
   B. Training   Config, PRESETS, decompose
   C. Checks     what VPD's toys are asked, of each component's largest singular value
 
-TMS ties W2 to W1^T, and so are its components, as the authors'.
+TMS ties W2 to W1^T in training; its components are tied too, for which docs/toys.md has a reason.
 
 The components are the columns (c, m) of a `Decomposition`, with one mask for a c in all matrices and 0 for the Deltas.
 
