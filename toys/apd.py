@@ -6,7 +6,7 @@ A *component* P_c has a matrix P_c^l = sum_m U_cm V_cm^T of any rank for each la
 subcomponent of VPD is of one. The components sum to the weights. There is no Gamma: which of them an input needs says a
 gradient. And there are no masks in between: a component is whole or gone.
 
-  A. Equations  attributions, batch_top_k, schatten, faithfulness
+  A. Equations  attributions, batch_top_k, schatten, simplicity; faithfulness is that of losses.py
   B. Training   Config, PRESETS, decompose
   C. Checks     what VPD's toys are asked, of each component's largest singular value
 
