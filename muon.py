@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for W in group["params"]:
+            for W in (W for W in group["params"] if W.grad is not None):
                 momentum = self.state[W].setdefault("momentum", torch.zeros_like(W))
                 momentum.lerp_(W.grad, 1 - group["momentum"])
                 O = orthogonalised(W.grad.lerp(momentum, group["momentum"]), group["steps"])

@@ -231,12 +231,13 @@ def test_sources_and_parameters_both_move_and_the_target_does_not(home):
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(W, vpd.decomposition.target.parameters()))
 
 
-def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_alone(home):
+@pytest.mark.parametrize("halves", [False, True])
+def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_alone(home, halves):
     """With n_adv = 1 the only ascent is the one that shares the backward pass: repeat it by hand."""
-    vpd, x = tiny_vpd(home, n_adv=1)
+    vpd, x = tiny_vpd(home, n_adv=1, halves=halves)
     target_output, g, _ = (t.detach() for t in vpd.importances(x))
     r = vpd.adversary.r.clone().requires_grad_()
-    attacked = (t[::2] for t in (x, target_output, g))  # every other sequence
+    attacked = (t[:: 1 + halves] for t in (x, target_output, g))
     (grad_r,) = torch.autograd.grad(losses.reconstruction(vpd.decomposition, *attacked, r, None, vpd.divergence), r)
     vpd.train_step(x)
     # After one update Adam's first moment is (1 - beta1) grad_r.
@@ -251,8 +252,8 @@ def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_
         dict(adv_scope="batch", S=2),
         dict(adv_routing="subset", S=2),
         dict(stoch_routing="layerwise", S=2),
-        dict(muon=0.0),
-        dict(halves=False, S=2),
+        dict(muon=4.0),
+        dict(halves=True, S=2),
     ],
 )
 def test_variants_of_the_loss(home, changes):
@@ -322,8 +323,8 @@ def assert_same_step(one: decompose.VPD, other: decompose.VPD, x: torch.Tensor, 
         {"adv_scope": "batch"},
         {"beta_adv": 0.0},
         {"memory_budget": 0.0},
-        {"muon": 0.0},
-        {"halves": False, "S": 2},
+        {"muon": 4.0},
+        {"halves": True, "S": 2},
     ],
 )
 def test_compiled_step_agrees_with_eager(home, monkeypatch, changes):
@@ -360,7 +361,7 @@ def test_recomputing_activations_changes_no_bit(home):
         vpd, x = tiny_vpd(home)
 
 
-@pytest.mark.parametrize("changes", [{}, {"muon": 0.0}, {"halves": False}])
+@pytest.mark.parametrize("changes", [{}, {"muon": 4.0}, {"halves": True}])
 def test_naive_step_is_the_same_step(home, changes):
     """No materialised Delta, no backward pass for the sources alone, no logits: none of it changes a number."""
     vpd, x = tiny_vpd(home, **changes)
@@ -380,7 +381,7 @@ def test_bf16_autocast_stays_near_fp32(home, monkeypatch):
         vpd, x = tiny_vpd(home, steps=2000, B=16)
         for _ in range(50):
             row = vpd.train_step(x)
-        rows.append({name: value.item() for name, value in row.items()})
+        rows.append({name: value.item() for name, value in row.items() if name != "grad_ci"})  # no loss
     fp32, bf16 = rows
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.01)
 
