@@ -648,9 +648,9 @@ def test_a_run_is_opened_with_the_tokens_it_was_made_of(in_home, monkeypatch):
 
 def test_decompose_ends_with_the_report(in_home, whole, monkeypatch, capsys):
     assert unpack(whole / "report.html")[0]["N"] == 64
-    (in_home / "again").mkdir()
-    shutil.copy(whole / "checkpoint.pt", "again")
-    monkeypatch.setattr(decompose, "train", lambda config: Path("again"))
+    (in_home / "ends-with-report").mkdir()
+    shutil.copy(whole / "checkpoint.pt", "ends-with-report")
+    monkeypatch.setattr(decompose, "train", lambda config: Path("ends-with-report"))
     for live, tokens in ((3, 0), (0, 64), (3, 64)):
         monkeypatch.setattr(evaluation, "report", lambda *args: {"live": {"total": live}})
         decompose.main(config(report_tokens=tokens))
