@@ -655,8 +655,8 @@ def test_decompose_ends_with_the_report(in_home, whole, monkeypatch, capsys):
         monkeypatch.setattr(evaluation, "report", lambda *args: {"live": {"total": live}})
         decompose.main(config(report_tokens=tokens))
         made = bool(live and tokens)  # report_tokens=0 makes none, and without a live subcomponent there is none
-        assert Path("again/report.html").exists() == made
-        assert ("open again/report.html" in capsys.readouterr().out) == made
+        assert Path("ends-with-report/report.html").exists() == made
+        assert ("open ends-with-report/report.html" in capsys.readouterr().out) == made
 
 
 # ---------------------------------------------------------------------------------------------------------------------
