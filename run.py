@@ -2,7 +2,7 @@
 
   A. flags        a frozen dataclass is the command line of a script; what the user can mend is one line
   B. device       which one, and in which precision
-  C. folder       files that are whole at every moment; config.json, metrics.jsonl
+  C. folder       files that are whole at every moment; one writer; config.json, metrics.jsonl
   D. checkpoints  tensors and plain values, with a format number; what may change when a run is resumed
   E. the loop     Ctrl-C between two steps, the bar
 
@@ -596,9 +596,10 @@ def built_from(path: Path) -> Iterator[None]:
 
 
 def load_into(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """load_state_dict, but TypeError for a tensor of another type, but for float64 where float32 is or the reverse."""
+    """load_state_dict, with a TypeError for a tensor of another type. float32 and float64 may stand for each other."""
     for name, own in module.state_dict().items():
-        if name in state and len({state[name].dtype, own.dtype} - {torch.float32, torch.float64}) > 0:
+        types = {own.dtype, state[name].dtype if name in state else own.dtype}
+        if len(types) == 2 and types != {torch.float32, torch.float64}:
             raise TypeError(f"{name} is {state[name].dtype}, not {own.dtype}")
     module.load_state_dict(state)
 
