@@ -11,8 +11,8 @@ g = clamp(z, 0, 1). Deltas have no logit: their importance is 0 by definition.
 import torch
 from torch import Tensor, nn
 
+from flags import UserError
 from model import Block, recomputed, rms_norm
-from run import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. z to g

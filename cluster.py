@@ -29,7 +29,8 @@ import scipy.sparse as sp
 
 import data
 from eval import Run, check_mark, layer_of, open_run, save_figure, subplots, validation_windows
-from run import UserError, command, require, run_script, write_text
+from flags import UserError, require
+from run import command, run_script, write_text
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. The cost

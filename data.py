@@ -16,9 +16,10 @@ import tiktoken
 import torch
 from torch import Tensor
 
+import checkpoints
 import run
 import tokenise
-from run import UserError
+from flags import UserError
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def open_tokens(home: Path) -> Corpus:
     """The corpus whose token files are in this folder. UserError if its vocabulary cannot be read."""
     meta, vocab = tokenise.read_mark(home / "meta.json"), (home / "vocab.json").read_text()
     none = np.zeros(0, np.uint16)  # an empty file cannot be mapped
-    with run.built_from(home / "vocab.json"):
+    with checkpoints.built_from(home / "vocab.json"):
         encoding = tokenise.encoding_of(json.loads(vocab), meta["dataset"])
     return Corpus(
         name=meta["name"],

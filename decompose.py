@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+import checkpoints
 import cost
 import data
 import distributed
@@ -32,9 +33,9 @@ import losses
 import run
 import train_target
 from ci_fn import CITransformer, lower_leaky, upper_leaky
+from flags import UserError, parse_counts, require
 from model import GPT, Decomposition, GPTConfig
 from muon import Muon
-from run import UserError, parse_counts, require
 from train_target import Scale, cosine
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ class Config(Method):
     def defaults(self) -> "Config":
         """What flags are put on top of: the settings of the run to resume, or those of the scale."""
         if self.resume:
-            return run.resumed_settings(Path(self.resume), "decomposition in training", Config)
+            return checkpoints.resumed_settings(Path(self.resume), "decomposition in training", Config)
         return Config(**train_target.settings_of(SCALES, self.dataset, self.scale))
 
 
@@ -339,7 +340,7 @@ def train(config: Config) -> Path | None:
     # Settings, processes, device
     saved, folder = None, Path(config.resume)
     if config.resume:
-        run.check_unchanged(config, config.defaults(), MAY_CHANGE)
+        checkpoints.check_unchanged(config, config.defaults(), MAY_CHANGE)
     device = run.pick_device(distributed.start(config.device))
     processes, first = run.check_processes(config.B, config.shard), distributed.rank() == 0  # the first one writes
     if config.halves and config.B % 2 == 0 and config.B // processes % 2:
@@ -348,7 +349,7 @@ def train(config: Config) -> Path | None:
         if first:
             run.claim(folder)
         if (folder / "state.pt").exists() or (folder / "checkpoint.pt").exists():  # else it ended before its first save
-            saved = run.load_checkpoint(folder / "state.pt", "decomposition in training")
+            saved = checkpoints.load_checkpoint(folder / "state.pt", "decomposition in training")
 
     # Text and target
     with distributed.first_process_first():  # it tokenises the text and trains the target, if they are not there
@@ -356,7 +357,7 @@ def train(config: Config) -> Path | None:
         corpus = data.of_run(folder, saved, config.data_dir) if saved else load()
         corpus.refuse_shorter(config.T)
         if saved:
-            run.check_resumable(config, saved, device)
+            checkpoints.check_resumable(config, saved, device)
         elif first and not config.resume:
             folder = run.new_folder(config.out, Path(f"out/vpd-{corpus.name}"))
         target_checkpoint = saved["target"] if saved else train_target.find_or_train(config, corpus)
@@ -371,7 +372,7 @@ def train(config: Config) -> Path | None:
     print(f"decompose: {vpd.decomposition.L} matrices into {gamma['C']:,} subcomponents, on {device}, to {folder}")
     run.write_config(folder, config, device)
     if saved:
-        with run.built_from(folder / "state.pt"):
+        with checkpoints.built_from(folder / "state.pt"):
             vpd.load_state_dict(saved["vpd"])
     else:
         print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps")
@@ -404,8 +405,8 @@ def train(config: Config) -> Path | None:
                 about |= {"step": vpd.step, "seconds": time.time() - began}
                 if first:  # state.pt has the optimiser and the sources too, which nobody reads but a resumed run
                     read = {name: state[name] for name in ("decomposition", "ci_fn")}
-                    run.save(folder / "checkpoint.pt", "decomposition", about | read)
-                    run.save(folder / "state.pt", "decomposition in training", about | {"vpd": state})
+                    checkpoints.save(folder / "checkpoint.pt", "decomposition", about | read)
+                    checkpoints.save(folder / "state.pt", "decomposition in training", about | {"vpd": state})
             if stop and not last:
                 bar.close()
                 print(f"interrupted after step {step}, saved: go on with\n    python decompose.py --resume={folder}")

@@ -27,13 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import cost
 import data
+import flags
 import run
 from ci_fn import CITransformer, lower_leaky
+from flags import UserError
 from losses import BETAS, HiddenKL, faithfulness, kl_divergence, mask, reconstruction, sample_sources
 from model import Decomposition
-from run import UserError
 from train_target import build_target, check_vocabulary, generate, next_token_ce
 
 ALIVE = 1e-6  # a subcomponent is live if its mean g over the evaluation text is above this
@@ -55,8 +57,8 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
     def __post_init__(self) -> None:
-        run.require(self, "above 0", "windows")
-        run.require(self, "0 or above", "batch", "seed")
+        flags.require(self, "above 0", "windows")
+        flags.require(self, "0 or above", "batch", "seed")
         self.steps_of_adversary()
 
     def steps_of_adversary(self) -> list[int]:
@@ -151,12 +153,12 @@ class Run:
 def load_run(folder: str | Path, device: torch.device) -> Run:
     """A run folder of decompose.py. UserError if it is not there, broken or foreign."""
     path = Path(folder) / "checkpoint.pt"
-    checkpoint = run.load_checkpoint(path, "decomposition")
-    with run.built_from(path):
+    checkpoint = checkpoints.load_checkpoint(path, "decomposition")
+    with checkpoints.built_from(path):
         decomposition = Decomposition(build_target(checkpoint["target"]), checkpoint["C"], ends_in="hidden")
         decomposition.load_subcomponents(checkpoint["decomposition"])
         ci_fn = CITransformer(**checkpoint["gamma"])
-        run.load_into(ci_fn, checkpoint["ci_fn"])
+        checkpoints.load_into(ci_fn, checkpoint["ci_fn"])
     return Run(Path(folder), checkpoint["config"], checkpoint, decomposition.to(device), ci_fn.to(device))
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from run import UserError
+from flags import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. Choice

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from checkpoints import load_into
+from flags import UserError, require
 from linears import LinearsAnswered, match_linears, refuse_unlike, refuse_weights_of
-from run import UserError, load_into, require
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. The target f(x | W)

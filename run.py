@@ -1,44 +1,38 @@
-"""What a run is: its flags, its device, its folder with settings, log and checkpoints, Ctrl-C and the progress bar.
+"""What a run is: how a script starts and ends, its device, its folder with settings and log, Ctrl-C, the progress bar.
 
-  A. flags        a frozen dataclass is the command line of a script; what the user can mend is one line
-  B. device       which one, and in which precision
-  C. folder       files that are whole at every moment; one writer; config.json, metrics.jsonl
-  D. checkpoints  tensors and plain values, with a format number; what may change when a run is resumed
-  E. the loop     Ctrl-C between two steps, the bar
+  A. script    flags in, one line for what the user can mend
+  B. device    which one, and in which precision
+  C. folder    files that are whole at every moment; one writer; config.json, metrics.jsonl
+  D. the loop  Ctrl-C between two steps, the bar
 
 Every script ends with `run_script(main, Config, __doc__)`. Nothing in this file knows the method.
 """
 
 import contextlib
 import ctypes
-import difflib
 import errno
 import importlib.util
-import io
 import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import shlex
 import signal
 import subprocess
 import sys
 import time
-import typing
-import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, fields, make_dataclass, replace
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 import distributed
+from flags import UserError, read_flags, script
 
 try:
     import fcntl
@@ -48,14 +42,7 @@ except ImportError:  # Windows
     fcntl = None
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A. Flags
-
-
-class UserError(ValueError):
-    """What the user can mend: a flag, a file, a folder, a data set, a full disk.
-
-    `run_script` prints it as one line. Any other error is a bug of ours and keeps its traceback.
-    """
+# A. The script
 
 
 def run_script(
@@ -115,118 +102,6 @@ def lasting_output() -> Iterator[None]:
         yield
     if output.gone:  # what is still in its buffer would fail when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.stream.fileno())
-
-
-def read_flags(Config: type, doc: str | None, args: list[str], defaults: Callable[[], Any] | None = None) -> Any:
-    """The Config that these arguments make. UserError for an unknown flag or a value that does not fit."""
-    types = typing.get_type_hints(Config)
-    args = [home_expanded(arg) for arg in args]
-    args = [f"{arg}=True" if lone and bool in kinds(types.get(arg[2:])) else arg for arg, lone in lone_flags(args)]
-    try:
-        config, unknown = parse(Config, doc, args, **({"default": defaults()} if defaults else {}))
-        if hasattr(config, "defaults"):  # the flags go on top of the settings of a scale, or of the run that is resumed
-            config, unknown = parse(Config, doc, args, default=config.defaults())
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        if isinstance(stop.__context__, ValueError):  # of Config itself; a UserError is one
-            raise stop.__context__ from None
-        raise UserError(what_is_wrong(Config, types, args)) from None
-    if unknown:
-        flags = ["--" + field.name for field in fields(Config)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        hint = f": did you mean {near[0]}?" if near else "; --help lists the flags"
-        raise UserError(f"unknown flag {unknown[0]!r}{hint}")
-    return config
-
-
-def parse(Config: type, doc: str | None, args: list[str], **default) -> tuple[Any, list[str]]:
-    """By tyro, silent but for --help. Booleans are written --compile=False; a flag for a list is given once an item."""
-    import tyro
-
-    style = (tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs, tyro.conf.UseAppendAction)
-    with contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(
-            Config, args=args, prog=script(), description=doc, config=style, use_underscores=True,
-            return_unknown_args=True, **default,
-        )  # fmt: skip
-
-
-def script() -> str:
-    """What the user typed to get here: "decompose.py", "-m studies.report"."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return Path(sys.argv[0]).name if spec is None else f"-m {spec.name.removesuffix('.__main__')}"
-
-
-def home_expanded(arg: str) -> str:
-    """--out=~/runs as a shell would hand over --out ~/runs."""
-    name, equals, value = arg.partition("=")
-    return name + equals + os.path.expanduser(value) if name.startswith("--") else os.path.expanduser(arg)
-
-
-def lone_flags(args: list[str]) -> list[tuple[str, bool]]:
-    """Each argument, and whether it is a flag without any value."""
-    follows = [*args[1:], "--"]
-    return [
-        (arg, arg.startswith("--") and "=" not in arg and next_.startswith("--")) for arg, next_ in zip(args, follows)
-    ]
-
-
-def kinds(annotation: Any) -> tuple:
-    """The members of a union: bool | Literal["auto"] to (bool, Literal["auto"])."""
-    return typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, UnionType) else (annotation,)
-
-
-def what_is_wrong(Config: type, types: dict[str, Any], args: list[str]) -> str:
-    """Why the arguments make no Config: the first flag that does not parse by itself, or a missing argument."""
-    names = {int: "a whole number", float: "a number", bool: "True or False"}
-    for i, arg in enumerate(args):
-        name, equals, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or name not in types:
-            continue
-        if not equals and (i + 1 == len(args) or args[i + 1].startswith("--")):
-            return f"--{name} needs a value, as in --{name}=..."
-        one = make_dataclass("One", [(name, types[name])])
-        one.__annotations__[name] = types[name]
-        try:
-            parse(one, None, [value if equals else args[i + 1]])
-        except SystemExit:
-            allowed = []
-            for kind in kinds(types[name]):
-                inside = typing.get_args(kind)
-                if typing.get_origin(kind) is Literal:
-                    allowed.append(", ".join(map(repr, inside)))
-                elif typing.get_origin(kind) is tuple:
-                    allowed.append(f"{len(inside)} numbers, as in --{name} 0.1 0.2")
-                else:
-                    allowed.append(names.get(kind, "text"))
-            return f"--{name}={value if equals else args[i + 1]}: must be {' or '.join(allowed)}"
-    missing = [field.name.upper() for field in fields(Config) if field.default is field.default_factory is MISSING]
-    return f"{script()} needs {', '.join(missing)}; --help lists the flags" if missing else "--help lists the flags"
-
-
-def parse_counts(name: str, text: str) -> dict[str, int]:
-    """'*.q=64,*.k=64' to {pattern: count}. UserError, with the flag's name, for anything else."""
-    counts = {}
-    for pair in text.split(","):
-        pattern, equals, count = pair.rpartition("=")
-        if not equals or not count.strip().isdecimal() or not 0 < int(count[:20]) < 2**31:
-            raise UserError(f"{name}={text!r}: {pair!r} is not PATTERN=COUNT, as in '*.q=64,*.up=248'")
-        if counts.setdefault(pattern.strip(), int(count)) != int(count):
-            raise UserError(f"{name}={text!r} gives {pattern!r} two counts")
-    return counts
-
-
-def require(config: object, what: Literal["above 0", "0 or above", "between 0 and 1"], *names: str) -> None:
-    """UserError, with the name and the value, unless each of these numbers is what it must be, and below 2^63.
-
-    `between 0 and 1` takes both ends. nan is refused.
-    """
-    for name in names:
-        value = getattr(config, name)
-        fits = {"above 0": value > 0, "0 or above": value >= 0, "between 0 and 1": 0 <= value <= 1}[what]
-        if not (abs(value) < 2**63 and fits):
-            raise UserError(f"{name}={value}: must be {what}" + (", and below 2^63" if abs(value) >= 2**63 else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,158 +416,7 @@ def read_log(folder: Path, steps: float = math.inf) -> list[dict[str, float]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# D. Checkpoints
-
-FORMAT = 2  # of checkpoint.pt and state.pt; raised when a reader of the older one would go wrong
-Kind = Literal["target", "target in training", "decomposition", "decomposition in training", "toy"]
-
-
-def save(path: Path, kind: Kind, content: dict) -> None:
-    """Save tensors and plain values. UserError, with the old file whole, if it cannot be written."""
-    try:
-        with written(path) as temporary, open(temporary, "wb") as file:
-            torch.save(plain({"kind": kind, "format": FORMAT} | content), file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError, behind which the reason is
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        kept = f"; an earlier {path.name} there is still whole" if path.exists() else ""
-        raise UserError(f"cannot save {path} ({reason}){kept}") from error
-
-
-def plain(content: dict) -> dict:
-    """The same without `Saved`, which no other code could load."""
-    return {key: plain(value) if isinstance(value, dict) else value for key, value in content.items()}
-
-
-class Saved(dict):
-    """What a checkpoint holds; to look up what is missing is a UserError that names it, at any depth.
-
-    So is a tensor that is not finite, at once.
-    """
-
-    def __init__(self, path: Path, content: dict, within: str = "") -> None:
-        for key, value in content.items():
-            if isinstance(value, dict):
-                value = Saved(path, value, f"{within}{key}.")
-            elif isinstance(value, torch.Tensor) and not value.isfinite().all():
-                raise UserError(f"{path} is not whole: {within}{key} is not finite")
-            self[key] = value
-        self.path, self.within = path, within
-
-    def __missing__(self, key: str) -> None:
-        raise UserError(f"{self.path} is not whole: it lacks {f'{self.within}{key}'!r}")
-
-
-@contextlib.contextmanager
-def built_from(path: Path) -> Iterator[None]:
-    """Inside, things are built from a checkpoint: what does not fit there is a UserError that names the file."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if str(path) in str(error):  # of `Saved`
-            raise
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{path} is not whole ({kind}{' '.join(str(error).split())[:300]})") from error
-
-
-def load_into(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """load_state_dict, with a TypeError for a tensor of another type. float32 and float64 may stand for each other."""
-    for name, own in module.state_dict().items():
-        types = {own.dtype, state[name].dtype if name in state else own.dtype}
-        if len(types) == 2 and types != {torch.float32, torch.float64}:
-            raise TypeError(f"{name} is {state[name].dtype}, not {own.dtype}")
-    module.load_state_dict(state)
-
-
-def settings(Config: type, saved: dict) -> Any:
-    """The Config that was saved as these values. UserError if one is missing; more than it has are left out.
-
-    TypeError if one is of another type.
-    """
-    values = {field.name: saved[field.name] for field in fields(Config)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    for name, annotation in typing.get_type_hints(Config).items():
-        if not any(fits(values[name], kind) for kind in kinds(annotation)):
-            raise TypeError(f"{name} is {values[name]!r}")
-    return Config(**values)
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a flag of this type can have the value."""
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    return type(value) in {float: (int, float)}.get(kind, (typing.get_origin(kind) or kind,))
-
-
-def load_checkpoint(path: Path, kind: Kind) -> dict:
-    """A file of `save`, its tensors on the CPU. UserError if it is not there, broken, of another kind or format."""
-    if not path.parent.is_dir():
-        raise UserError(f"run folder {str(path.parent)!r} does not exist")
-    if not path.is_file():
-        raise UserError(f"run folder {str(path.parent)!r} holds no {path.name}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]})") from error
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if found != kind:
-        raise UserError(f"{path} is a checkpoint of kind {found!r}, not {kind!r}")
-    if not isinstance(checkpoint.get("config", {}), dict):
-        raise UserError(f"{path} is not whole: its config is no dictionary")
-    number = checkpoint.get("format", 0)
-    if number != FORMAT:
-        older = isinstance(number, int) and number < FORMAT
-        age = "an older version of this code: make it anew" if older else "a newer version of this code: update it"
-        raise UserError(f"{path} has format {number}, not {FORMAT}: it is of {age}")
-    return Saved(path, checkpoint)
-
-
-def resumed_settings(folder: Path, kind: Kind, Config: type) -> Any:
-    """The settings of the run to go on with: from its last save, or, if it ended before the first, from config.json."""
-    path = folder / "config.json"
-    if (folder / "state.pt").exists() or not path.exists():
-        path = folder / "state.pt"
-        saved = load_checkpoint(path, kind)["config"]
-    else:
-        with built_from(path):
-            saved = Saved(path, json.loads(path.read_text(encoding="utf-8")))
-        if not {field.name for field in fields(Config)} <= saved.keys():
-            raise UserError(f"resume={folder}: the run that began there is not of {script()}")
-    with built_from(path):
-        return replace(settings(Config, saved), resume=str(folder))
-
-
-def check_unchanged(config: Any, saved: Any, may_change: tuple[str, ...]) -> None:
-    """UserError if a setting other than these differs from the saved run's, as it would be neither run then."""
-    for name, value in asdict(saved).items():
-        now = getattr(config, name)
-        if now != value and name not in may_change:
-            raise UserError(
-                f"{name}={now}: the run in {config.resume} has {name}={value}, "
-                f"and on resuming only {', '.join(may_change)} may change"
-            )
-
-
-def check_resumable(config: Any, saved: dict, device: torch.device) -> None:
-    """UserError if a saved run cannot go on here: another kind of device, other processes, too few steps."""
-    if saved["device"] != device.type:
-        raise UserError(
-            f"resume={config.resume}: that run was on {saved['device']}, and its numbers cannot go on on {device.type}"
-        )
-    if saved["processes"] != distributed.world():
-        before = f"resume={config.resume}: that run had {saved['processes']} processes"
-        raise UserError(f"{before}, and its random numbers cannot go on in {distributed.world()}")
-    if config.steps != saved["config"]["steps"]:
-        if config.steps < saved["step"]:
-            raise UserError(f"steps={config.steps}: the run in {config.resume} has done {saved['step']} already")
-        print(
-            f"resume: {config.steps:,} steps, not {saved['config']['steps']:,}: "
-            f"from step {saved['step']:,} on all schedules are those of a run of the new length"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# E. The loop
+# D. The loop
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from run import UserError, is_run_folder, settle, write_text
+from flags import UserError
+from run import is_run_folder, settle, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 # How text is cut into words before BPE: GPT-2's pattern.

@@ -27,11 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import checkpoints
 import data
 import distributed
+import flags
 import run
+from flags import UserError
 from model import GPT, GPTConfig
-from run import UserError
 from tokenise import hub_set
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,9 +80,9 @@ class Config:
     save_every: int = 500  # steps
 
     def __post_init__(self) -> None:
-        run.require(self, "above 0", "T", "steps", "B", "lr", "clip", "val_every", "val_windows", "save_every")
-        run.require(self, "0 or above", "seed", "max_tokens")
-        run.require(self, "between 0 and 1", "warmup")
+        flags.require(self, "above 0", "T", "steps", "B", "lr", "clip", "val_every", "val_windows", "save_every")
+        flags.require(self, "0 or above", "seed", "max_tokens")
+        flags.require(self, "between 0 and 1", "warmup")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise UserError(f"adam_betas={self.adam_betas}: both must be in [0, 1)")
         GPTConfig(1, self.T, self.n_layer, self.n_head, self.d_model, self.d_mlp)  # refuses what is no model
@@ -88,7 +90,7 @@ class Config:
     def defaults(self) -> "Config":
         """What flags are put on top of: the settings of the run to resume, or those of the scale."""
         if self.resume:
-            return run.resumed_settings(Path(self.resume), "target in training", Config)
+            return checkpoints.resumed_settings(Path(self.resume), "target in training", Config)
         return Config(**settings_of(SCALES, self.dataset, self.scale))
 
 
@@ -160,17 +162,17 @@ def main(config: Config) -> Path:
         if (folder / "checkpoint.pt").exists():
             print(f"target: {folder} is finished")
             return folder
-        run.check_unchanged(config, config.defaults(), MAY_CHANGE)
+        checkpoints.check_unchanged(config, config.defaults(), MAY_CHANGE)
     device, state = run.pick_device(config.device), None
     if config.resume:
         run.claim(folder)
         if (folder / "state.pt").exists():
-            state = run.load_checkpoint(folder / "state.pt", "target in training")
+            state = checkpoints.load_checkpoint(folder / "state.pt", "target in training")
     load = lambda: data.load(config.dataset, config.data_dir, config.max_tokens)
     corpus = data.of_run(folder, state, config.data_dir) if state else load()
     corpus.refuse_shorter(config.T)
     if state:
-        run.check_resumable(config, state, device)
+        checkpoints.check_resumable(config, state, device)
     elif not config.resume:
         folder = run.new_folder(config.out or str(default_folder(config, corpus)))
 
@@ -180,8 +182,8 @@ def main(config: Config) -> Path:
     optimizer = torch.optim.Adam(target.parameters(), lr=config.lr, betas=config.adam_betas, fused=True)
     first = 0
     if state:
-        with run.built_from(folder / "state.pt"):
-            run.load_into(target, state["model"])
+        with checkpoints.built_from(folder / "state.pt"):
+            checkpoints.load_into(target, state["model"])
             optimizer.load_state_dict(state["optimizer"])
             first, began = state["step"], began - state["seconds"]
     run.write_config(folder, config, device)
@@ -214,7 +216,7 @@ def main(config: Config) -> Path:
                 state = {"config": asdict(config), "device": device.type, "processes": 1, "step": step + 1}
                 state |= corpus.of_checkpoint()
                 state |= {"model": target.state_dict(), "optimizer": optimizer.state_dict()}
-                run.save(folder / "state.pt", "target in training", state | {"seconds": time.time() - began})
+                checkpoints.save(folder / "state.pt", "target in training", state | {"seconds": time.time() - began})
             if stop and not last:
                 bar.close()
                 print(f"interrupted after step {step}, saved: go on with\n    python train_target.py --resume={folder}")
@@ -228,7 +230,7 @@ def main(config: Config) -> Path:
     curve = [[row["tokens"], row["val_ce"]] for row in rows]  # eval.py reads pretraining compute recovered from it
     trained = {"config": asdict(config), "gpt": asdict(gpt), "model": target.state_dict(), "curve": curve}
     trained |= {"vocabulary": corpus.vocabulary, "seconds": seconds} | corpus.of_checkpoint()
-    run.save(folder / "checkpoint.pt", "target", trained)
+    checkpoints.save(folder / "checkpoint.pt", "target", trained)
     (folder / "state.pt").unlink(missing_ok=True)  # only now that the target is whole
     about = f"after {rows[-1]['tokens']:,} tokens, {seconds:.0f} s; saved in {folder}"
     print(f"target: validation CE {rows[-1]['val_ce']:.4f} nats a token {about}")
@@ -251,8 +253,8 @@ def generate(f: Callable[[Tensor], Tensor], tokens: Tensor, n: int, context: int
 
 def build_target(checkpoint: dict) -> GPT:
     """The trained target of a checkpoint of this script."""
-    target = GPT(run.settings(GPTConfig, checkpoint["gpt"]))
-    run.load_into(target, checkpoint["model"])
+    target = GPT(checkpoints.settings(GPTConfig, checkpoint["gpt"]))
+    checkpoints.load_into(target, checkpoint["model"])
     return target
 
 
@@ -278,7 +280,7 @@ def find_or_train(config: Any, corpus: data.Corpus) -> dict:
                 run.claim(folder, wait=True)  # another process may be training it
                 if not (folder / "checkpoint.pt").exists():
                     main(replace(wanted, resume=str(folder) if (folder / "config.json").exists() else ""))
-    checkpoint = run.load_checkpoint(folder / "checkpoint.pt", "target")
+    checkpoint = checkpoints.load_checkpoint(folder / "checkpoint.pt", "target")
     context = checkpoint["gpt"]["context"]
     if config.T > context:
         raise UserError(f"T={config.T}: the context of the target in {folder} is {context} tokens: give a smaller T")

@@ -20,13 +20,15 @@ from pathlib import Path
 
 import torch
 
+import checkpoints
 import cost
 import data
 import decompose
 import eval as evaluation
+import flags
 import run
+from flags import UserError, require
 from model import GPTConfig
-from run import UserError, require
 
 KLS = ("rounded", "stochastic", "adversarial")
 L0S = {"l0": "L0: subcomponents with g > 0 a position", "l0_above_0.1": "L0: subcomponents with g > 0.1 a position"}
@@ -76,14 +78,14 @@ def recipes(config: Config) -> dict[str, decompose.Config]:
     """The settings of each recipe, by its name. UserError for a flag that decompose.py does not know, or of OURS."""
     found = {}
     for text in config.recipe or ("default=",):
-        name, equals, flags = text.partition("=")
+        name, equals, own = text.partition("=")
         if not equals or not name or not all(c.isalnum() or c in "-_." for c in name) or name in found:
             raise UserError(
                 f"recipe={text!r}: must be NAME=flags, each name once, of letters, digits, '-', '_' and '.'"
             )
         try:
-            args = shlex.split(f"{config.flags} {flags}")
-            settings = run.read_flags(decompose.Config, None, args)
+            args = shlex.split(f"{config.flags} {own}")
+            settings = flags.read_flags(decompose.Config, None, args)
         except ValueError as error:
             raise UserError(f"recipe={text!r}: {error}") from error
         for flag in OURS:
@@ -100,7 +102,7 @@ def saved_settings(folder: Path) -> dict | None:
     """Of a decomposition that saved something there: its settings, and the `step` it is at."""
     if not (folder / "checkpoint.pt").exists():
         return None
-    checkpoint = run.load_checkpoint(folder / "checkpoint.pt", "decomposition")
+    checkpoint = checkpoints.load_checkpoint(folder / "checkpoint.pt", "decomposition")
     return dict(checkpoint["config"]) | {"step": checkpoint["step"]}
 
 
@@ -179,7 +181,7 @@ def point(folder: Path, config: Config, settings: decompose.Config) -> dict:
 
 def flops_of_a_step(opened: evaluation.Run) -> int:
     """Counted by cost.py, without recomputation; the warm-up on faithfulness is not in it."""
-    settings = replace(run.settings(decompose.Config, opened.checkpoint["config"]), memory_budget=1.0)
+    settings = replace(checkpoints.settings(decompose.Config, opened.checkpoint["config"]), memory_budget=1.0)
     gpt = GPTConfig(**opened.checkpoint["target"]["gpt"])
     return cost.counted(lambda: decompose.trial(settings, gpt, torch.device("cpu")))[0].flops
 

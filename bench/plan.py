@@ -18,9 +18,10 @@ import torch
 
 import cost
 import decompose
+import flags
 import run
+from flags import UserError
 from model import GPT, GPTConfig
-from run import UserError
 
 TARGETS = {
     "67M": GPTConfig(50_257, 512, n_layer=4, n_head=6, d_model=768, d_mlp=3072),
@@ -37,7 +38,7 @@ class Config:
     gpu_bytes: float = cost.GPU_BYTES  # that it reads and writes a second
 
     def __post_init__(self) -> None:
-        run.require(self, "above 0", "gpu_memory", "gpu_flops", "gpu_bytes")
+        flags.require(self, "above 0", "gpu_memory", "gpu_flops", "gpu_bytes")
         if not set(self.targets.split(",")) <= set(TARGETS):
             raise UserError(f"targets={self.targets!r}: must be some of {','.join(TARGETS)}")
 
@@ -45,7 +46,7 @@ class Config:
 def settings(gpt: GPTConfig) -> decompose.Config:
     """The published settings, with C and Gamma in the published proportion to the target's width and depth."""
     published = decompose.Config(**decompose.SCALES["published"])
-    wide, wide_mlp, C = gpt.d_model / 768, gpt.d_mlp / 3072, run.parse_counts("C", published.C)
+    wide, wide_mlp, C = gpt.d_model / 768, gpt.d_mlp / 3072, flags.parse_counts("C", published.C)
     C = {name: round(C_l * (wide_mlp if name in ("*.up", "*.down") else wide)) for name, C_l in C.items()}
     d_ci = 32 * round(2048 * wide / 32)
     gamma = {"d_ci": d_ci, "d_mlp_ci": 4 * d_ci, "n_layer_ci": 2 * gpt.n_layer}

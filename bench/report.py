@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from eval import open_run
+from flags import UserError, require
 from model import Decomposition, rms_norm
-from run import UserError, require, run_script
+from run import run_script
 from studies import report
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import cost
 import decompose
 import eval as evaluation
+import flags
 import losses
 import run
 import train_target
@@ -51,12 +52,12 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
     def __post_init__(self) -> None:
-        run.require(self, "above 0", "steps", "scale")
-        run.require(self, "0 or above", "B", "T")
+        flags.require(self, "above 0", "steps", "scale")
+        flags.require(self, "0 or above", "B", "T")
         if self.memory_budget != "auto":
-            run.require(self, "between 0 and 1", "memory_budget")
+            flags.require(self, "between 0 and 1", "memory_budget")
         if self.scale > 4:
-            raise run.UserError(f"scale={self.scale}: must be at most 4")
+            raise flags.UserError(f"scale={self.scale}: must be at most 4")
 
 
 def sizes(config: Config, C_factor: float = 1.0) -> tuple[decompose.Config, GPTConfig]:

@@ -42,8 +42,9 @@ from eval import (
     subplots,
     validation_windows,
 )
+from flags import UserError, require
 from model import Decomposition
-from run import UserError, command, require, run_script, write_text
+from run import command, run_script, write_text
 from train_target import build_target
 
 # ---------------------------------------------------------------------------------------------------------------------

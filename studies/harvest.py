@@ -19,7 +19,7 @@ import data
 import eval as evaluation
 from cluster import coactivation
 from eval import ALIVE, Run, mean_importances
-from run import UserError
+from flags import UserError
 
 CONTEXT = 20  # tokens shown on each side of an example
 BINS = 40  # of a histogram

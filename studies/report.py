@@ -35,8 +35,9 @@ import data
 import eval as evaluation
 from cluster import read_clusters
 from eval import ALIVE, Run, adversarial_sources, layer_of, masks
+from flags import UserError, require
 from losses import BETAS, mask
-from run import UserError, require, run_script, write_text
+from run import run_script, write_text
 from studies import harvest
 from studies.harvest import Examples, Harvest, evaluated_importances, live_columns, names_of, short
 

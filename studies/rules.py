@@ -27,7 +27,8 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from eval import Run
-from run import UserError, require, run_script, write_text
+from flags import UserError, require
+from run import run_script, write_text
 from studies.harvest import evaluated_importances, live_columns, names_of, one_hot, window_starts
 
 RULES = ("token", "previous token", "predicted token", "character class", "indentation", "position")

@@ -42,9 +42,10 @@ from eval import (
     subplots,
     validation_windows,
 )
+from flags import UserError, require
 from losses import kl_divergence, mask, reconstruction, sample_sources
 from model import Decomposition
-from run import UserError, command, pick_device, require, run_script, write_text
+from run import command, pick_device, run_script, write_text
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. The adversary

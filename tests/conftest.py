@@ -115,3 +115,10 @@ def no_count(request, monkeypatch):
     """The count of what a run costs takes longer than a tiny run: left out but where it is marked `count`."""
     if "count" not in request.keywords:
         monkeypatch.setattr(cost, "report", lambda *args: None)
+
+
+@pytest.fixture
+def as_a_file(monkeypatch):
+    """As in `python /some/where/tried.py`, and not in `python -m pytest`."""
+    monkeypatch.setattr(sys, "argv", ["/some/where/tried.py"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import flags, one_line
+from tiny import as_flags, one_line
 
 import cost
 import decompose
+import flags
 import losses
 import model
 import run
@@ -20,7 +21,7 @@ from model import GPTConfig
 
 def subcomponents(settings: decompose.Config) -> int:
     """Of one layer of the target: every pattern of C matches one of its matrices."""
-    return sum(run.parse_counts("C", settings.C).values())
+    return sum(flags.parse_counts("C", settings.C).values())
 
 
 def test_sizes_are_the_published_ones():
@@ -43,7 +44,7 @@ def test_scale_and_factor_widen_a_size():
 def test_json_of_a_scaled_size(monkeypatch, capfd):
     """One line; the FLOPs are those that the method needs: recomputation takes time but does not raise the MFU."""
     small = dict(size="pile2", scale=0.02, B=2, T=8, steps=1, compile=False, memory_budget=0.0)
-    monkeypatch.setattr(sys, "argv", ["bench.step", *flags(small), "--json"])
+    monkeypatch.setattr(sys, "argv", ["bench.step", *as_flags(small), "--json"])
     run.run_script(bench.main, bench.Config, bench.__doc__)
     (line,) = capfd.readouterr().out.splitlines()
     m = json.loads(line)

@@ -3,8 +3,8 @@ import torch
 
 import cost
 from ci_fn import CITransformer, lower_leaky, upper_leaky
+from flags import UserError
 from model import Block
-from run import UserError
 
 # z: forward value, dL/dz given dL/dg = +1, and given -1, with leak 0.01.
 LOWER = [

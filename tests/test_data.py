@@ -20,7 +20,7 @@ import data
 import run
 import tokenise
 from data import Corpus
-from run import UserError
+from flags import UserError
 from tokenise import bpe_encoding, learn_bpe
 
 DOCUMENTS = [f"This is document number {i}, about café {i * i} 🙂.\n" for i in range(200)]

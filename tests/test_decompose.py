@@ -18,9 +18,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import TINY, TINY_TARGET, config, flags, one_line, resumed, tensors
+from tiny import TINY, TINY_TARGET, as_flags, config, one_line, resumed, tensors
 from torch import nn
 
+import checkpoints
 import ci_fn
 import data
 import decompose
@@ -30,7 +31,7 @@ import model
 import run
 import train_target
 from bench.naive import NaiveVPD
-from run import UserError
+from flags import UserError
 
 compile_with = torch.compile
 ROOT = Path(__file__).parent.parent
@@ -73,7 +74,8 @@ def test_short_evaluations_are_rows_of_the_log(whole):
 def test_short_evaluations_change_nothing(whole, home):
     decompose.train(config(out="unwatched"))
     watched, unwatched = (
-        run.load_checkpoint(f / "state.pt", "decomposition in training")["vpd"] for f in (whole, home / "unwatched")
+        checkpoints.load_checkpoint(f / "state.pt", "decomposition in training")["vpd"]
+        for f in (whole, home / "unwatched")
     )
     assert all(torch.equal(a, b) for a, b in zip(tensors(watched), tensors(unwatched), strict=True))
 
@@ -94,7 +96,7 @@ def test_metrics_json(whole):
 
 def test_what_readers_open_has_no_optimiser_and_no_sources(whole):
     read, state = (torch.load(whole / name, weights_only=True) for name in ("checkpoint.pt", "state.pt"))
-    assert (read["kind"], read["format"], read["step"]) == ("decomposition", run.FORMAT, TINY["steps"])
+    assert (read["kind"], read["format"], read["step"]) == ("decomposition", checkpoints.FORMAT, TINY["steps"])
     assert {"config", "C", "gamma", "target", "decomposition", "ci_fn"} <= set(read) and "vpd" not in read
     assert {"optimizer", "adversary", "generators"} <= set(state["vpd"])
     assert all(torch.equal(read["ci_fn"][name], state["vpd"]["ci_fn"][name]) for name in read["ci_fn"])
@@ -122,7 +124,7 @@ def test_a_run_in_minutes_is_that_of_the_steps_it_found(home, monkeypatch, chang
         patch.setattr(run, "steps_that_fit", five_steps_say_eight)
         decompose.train(config(out=f"in-minutes{name}", minutes=1.5, **changes | {"steps": 5000}))
     folders = home / f"in-steps{name}", home / f"in-minutes{name}"
-    once, twice = (run.load_checkpoint(f / "state.pt", "decomposition in training") for f in folders)
+    once, twice = (checkpoints.load_checkpoint(f / "state.pt", "decomposition in training") for f in folders)
     assert all(torch.equal(a, b) for a, b in zip(tensors(once["vpd"]), tensors(twice["vpd"]), strict=True))
     assert rows_of(folders[0]) == rows_of(folders[1])
     about = json.loads((folders[1] / "config.json").read_text())
@@ -141,7 +143,7 @@ def test_a_resumed_run_in_minutes_keeps_its_steps(home, monkeypatch):
     monkeypatch.delattr(run, "steps_that_fit")  # nothing is measured again
     decompose.train(resumed("minutes-halves"))
     decompose.train(config(out="minutes-whole"))
-    once, twice = (run.load_checkpoint(home / f / "checkpoint.pt", "decomposition")
+    once, twice = (checkpoints.load_checkpoint(home / f / "checkpoint.pt", "decomposition")
                    for f in ("minutes-whole", "minutes-halves"))  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(twice), strict=True))
 
@@ -151,7 +153,7 @@ def test_minutes_that_are_none(home):
         shown = f"minutes={float(value)}: must be 0 or above"
         assert shown in one_line(decompose, "--dataset=text", "--target=target", f"--minutes={value}")
     assert "--minutes=soon: must be a number" in one_line(decompose, "--minutes=soon")
-    short = one_line(decompose, *flags(TINY), "--dataset=text", "--target=target", "--out=short", "--minutes=1e-6")
+    short = one_line(decompose, *as_flags(TINY), "--dataset=text", "--target=target", "--out=short", "--minutes=1e-6")
     assert "minutes=1e-06: not one step fits" in short
 
 
@@ -216,7 +218,7 @@ def test_nothing_of_the_training_is_alive_when_the_evaluation_begins(home, monke
 
 def tiny_vpd(home, compiled: bool = False, **changes) -> tuple[decompose.VPD, torch.Tensor]:
     c = config(**changes)
-    vpd, _ = decompose.build(c, run.load_checkpoint(home / "target/checkpoint.pt", "target"), CPU, compiled)
+    vpd, _ = decompose.build(c, checkpoints.load_checkpoint(home / "target/checkpoint.pt", "target"), CPU, compiled)
     return vpd, data.load("text").batch("train", 0, c.B, c.T)[:, :-1]
 
 
@@ -468,8 +470,8 @@ def test_readme_commands_at_tiny_size(home):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "validation CE" in call("train_target.py", "--dataset=text", "--out=cli-target", *flags(TINY_TARGET))
-    printed = call("decompose.py", "--dataset=text", "--target=cli-target", "--out=cli", *flags(TINY))
+    assert "validation CE" in call("train_target.py", "--dataset=text", "--out=cli-target", *as_flags(TINY_TARGET))
+    printed = call("decompose.py", "--dataset=text", "--target=cli-target", "--out=cli", *as_flags(TINY))
     assert "adversarial_80" in printed and "rounded_0.0" in printed and "GFLOP a token" in printed
     table = call("eval.py", "cli", "--windows=2")
     of_target = next(line for line in printed.splitlines() if line.startswith("target "))
@@ -505,7 +507,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
     settings = TINY | dict(steps=100_000, save_every=100_000)
     command = [sys.executable, ROOT / "decompose.py", "--dataset=text", "--target=target", "--out=stopped"]
     process = subprocess.Popen(
-        [*command, *flags(settings)], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *as_flags(settings)], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     log = home / "stopped/metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
@@ -520,7 +522,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
 def test_a_terminal_that_is_closed_saves_too(home):
     """As when a connection breaks: the system sends SIGHUP, and nothing can be printed any more."""
     settings = TINY | dict(steps=100_000, save_every=100_000)
-    command = [str(ROOT / "decompose.py"), "--dataset=text", "--target=target", "--out=closed", *flags(settings)]
+    command = [str(ROOT / "decompose.py"), "--dataset=text", "--target=target", "--out=closed", *as_flags(settings)]
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [sys.executable, *command])
@@ -586,14 +588,14 @@ BAD = [
 def test_bad_input_ends_in_one_line_and_touches_nothing(home, whole, script, args, message):
     (home / "empty.txt").write_text("")
     (home / "short.txt").write_text("hello\n")
-    checkpoints = {
+    saved = {
         "foreign": (home / "target/checkpoint.pt").read_bytes(),
         "truncated": (whole / "checkpoint.pt").read_bytes()[:5000],
     }
     for name in ("foreign", "truncated", "newer", "unfinished"):
         (home / name).mkdir(exist_ok=True)
-        if name in checkpoints:
-            (home / name / "checkpoint.pt").write_bytes(checkpoints[name])
+        if name in saved:
+            (home / name / "checkpoint.pt").write_bytes(saved[name])
     torch.save(torch.load(whole / "checkpoint.pt", weights_only=True) | {"format": 99}, home / "newer/checkpoint.pt")
     (home / "unfinished/config.json").write_text((whole / "config.json").read_text())
     kept = ("whole", "target", "unfinished", "foreign")
@@ -601,7 +603,7 @@ def test_bad_input_ends_in_one_line_and_touches_nothing(home, whole, script, arg
     args = args.split()
     given = {arg.partition("=")[0] for arg in args}
     usual = {
-        "decompose": [] if "--resume" in given else flags(dict(dataset="text", target="target") | TINY),
+        "decompose": [] if "--resume" in given else as_flags(dict(dataset="text", target="target") | TINY),
         "train_target": ["--dataset=text"],
         "eval": [],
     }[script]
@@ -633,6 +635,8 @@ def test_another_vocabulary_is_refused(home):
 def test_a_bug_of_ours_keeps_its_traceback(home, monkeypatch):
     """A forker's shape error is no user's mistake."""
     monkeypatch.setattr(model, "masked_product", lambda x, Wx, m, m_Delta, U, V: m_Delta * Wx + U)
-    monkeypatch.setattr(sys, "argv", ["decompose.py", "--dataset=text", "--target=target", "--out=bug", *flags(TINY)])
+    monkeypatch.setattr(
+        sys, "argv", ["decompose.py", "--dataset=text", "--target=target", "--out=bug", *as_flags(TINY)]
+    )
     with pytest.raises(RuntimeError):
         run.run_script(decompose.main, decompose.Config, None)

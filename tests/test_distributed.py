@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, config, flags, tensors
+from tiny import TINY, as_flags, config, tensors
 
+import checkpoints
 import data
 import decompose
 import distributed
 import eval as evaluation
 import losses
-import run
-from run import UserError
+from flags import UserError
 
 CPU = torch.device("cpu")
 STEPS = 20
@@ -84,7 +84,9 @@ def trained(folder: Path, short: bool = False, **changes) -> tuple[list[dict], d
     short: with a short evaluation, as --eval_every makes one, at the end.
     """
     c = config(B=B, steps=STEPS, beta_freq=0.05, lr=1e-3, **changes)
-    vpd, _ = decompose.build(c, run.load_checkpoint(folder / "target/checkpoint.pt", "target"), torch.device("cpu"))
+    vpd, _ = decompose.build(
+        c, checkpoints.load_checkpoint(folder / "target/checkpoint.pt", "target"), torch.device("cpu")
+    )
     vpd.warm_up()
     corpus = data.load("text")
     rows = [vpd.train_step(distributed.rows(corpus.batch("train", step, B, c.T)[:, :-1])) for step in range(STEPS)]
@@ -185,7 +187,7 @@ def test_processes_draw_from_different_streams(home, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "rank", lambda: rank)
             vpd, _ = decompose.build(
-                config(), run.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu")
+                config(), checkpoints.load_checkpoint(home / "target/checkpoint.pt", "target"), torch.device("cpu")
             )
             drawn.append(
                 (vpd.adversary.r, torch.rand(9, generator=vpd.generator), vpd.decomposition.subcomponents()[0].detach())
@@ -214,7 +216,7 @@ def test_torchrun_to_the_table_and_resumed(home, shard):
     settings = TINY | dict(B=B, shard=shard, eval_every=3)
     script = str(Path(decompose.__file__))
     whole, halves = f"two-{shard}", f"two-halves-{shard}"
-    printed = torchrun(home, script, "--dataset=text", "--target=target", f"--out={whole}", *flags(settings))
+    printed = torchrun(home, script, "--dataset=text", "--target=target", f"--out={whole}", *as_flags(settings))
     assert printed.count("adversarial_80") == 1  # the first process alone prints
     (home / "stops.py").write_text(STOPS.format(halves=halves, settings=settings))
     torchrun(home, "stops.py")
@@ -227,7 +229,7 @@ def test_torchrun_to_the_table_and_resumed(home, shard):
     with pytest.raises(UserError, match="one process has nothing to divide" if shard else "that run had 2 processes"):
         decompose.main(decompose.Config(resume=whole).defaults())
     # Sharded or not, what is saved is the state of a VPD that is not.
-    vpd, _ = decompose.build(config(B=B), run.load_checkpoint(home / "target/checkpoint.pt", "target"), CPU)
+    vpd, _ = decompose.build(config(B=B), checkpoints.load_checkpoint(home / "target/checkpoint.pt", "target"), CPU)
     vpd.load_state_dict(once)
     for name, state in vpd.state_dict().items():
         pairs = zip(tensors(state), tensors(once[name]), strict=name != "generators")
@@ -261,7 +263,7 @@ def test_two_processes_take_the_steps_that_the_first_finds(home):
     (home / "minutes.py").write_text(MINUTES)
     assert torchrun(home, "minutes.py").count("100.0 ms a step: 13 steps in what is left of 0.106 minutes") == 2
     for shard in (False, True):
-        found, given = (run.load_checkpoint(home / f"{shard}-{how}/state.pt", "decomposition in training")
+        found, given = (checkpoints.load_checkpoint(home / f"{shard}-{how}/state.pt", "decomposition in training")
                         for how in ("minutes", "steps"))  # fmt: skip
         assert found["config"]["steps"] == found["vpd"]["step"] == 13
         assert all(torch.equal(a, b) for a, b in zip(tensors(found["vpd"]), tensors(given["vpd"]), strict=True))
@@ -287,7 +289,7 @@ def poisoned(self, x):
 decompose.VPD.train_step = poisoned
 try:
     decompose.main(config(B=4, save_every=1, shard=True, out="poisoned"))
-except run.UserError as error:
+except flags.UserError as error:
     open(f"refused-{distributed.rank()}.txt", "w").write(str(error))
 distributed.stop()
 """

@@ -24,8 +24,8 @@ import run
 import tokenise
 from ci_fn import CITransformer
 from eval import MODES, adversarial_sources, compute_recovered, evaluate, hidden_mse, masks, mean_importances, table
+from flags import UserError
 from model import Decomposition
-from run import UserError
 from train_target import generate
 
 close = torch.testing.assert_close

@@ -7,16 +7,17 @@ import sys
 
 import pytest
 import torch
-from tiny import TINY, flags, one_line, tensors
+from tiny import TINY, as_flags, one_line, tensors
 
+import checkpoints
 import cost
 import decompose
 import eval as evaluation
 import run
 from bench import frontier
-from run import UserError
+from flags import UserError
 
-TINY_FLAGS = " ".join(["--dataset=text", "--target=target", *flags(TINY | {"steps": 6})])
+TINY_FLAGS = " ".join(["--dataset=text", "--target=target", *as_flags(TINY | {"steps": 6})])
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ def test_the_command(home, monkeypatch, capsys):
     assert [(p["recipe"], p["factor"], p["steps"], p["flops"]) for p in found["points"]] == [
         ("a", 1, 6, 600), ("a", 3, 6, 600), ("b", 1, 5, 500), ("b", 3, 5, 500)]  # fmt: skip
     assert (home / "front/frontier.png").stat().st_size > 20_000 and "## " not in capsys.readouterr().out
-    saved = run.load_checkpoint(home / "front/b/x3-seed0/checkpoint.pt", "decomposition")["config"]
+    saved = checkpoints.load_checkpoint(home / "front/b/x3-seed0/checkpoint.pt", "decomposition")["config"]
     assert (saved["B"], saved["steps"], saved["seed"]) == (4, 5, 0)
     assert saved["beta_imp"] == pytest.approx(3 * decompose.Config().beta_imp)
 
@@ -120,7 +121,7 @@ def test_an_interrupted_run_goes_on(home, monkeypatch):
             frontier.main(settings(out="cut"))
     frontier.main(settings(out="cut"))
     frontier.main(settings(out="uncut"))
-    once, twice = (run.load_checkpoint(home / f / "default/x1-seed0/checkpoint.pt", "decomposition")
+    once, twice = (checkpoints.load_checkpoint(home / f / "default/x1-seed0/checkpoint.pt", "decomposition")
                    for f in ("cut", "uncut"))  # fmt: skip
     assert once["step"] == 6
     assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(twice), strict=True))

@@ -7,13 +7,14 @@ import typing
 
 import pytest
 import torch
-from tiny import TINY, TINY_TARGET, flags
+from tiny import TINY, TINY_TARGET, as_flags
 
 import bench.plan
 import bench.step
 import cluster
 import decompose
 import eval as evaluation
+import flags
 import run
 import studies.components
 import studies.report
@@ -43,8 +44,8 @@ TEXTS = [
 ]
 SEEDS = ["18446744073709551616", "9223372036854775807", "-9223372036854775809"]
 USUAL = {
-    decompose: flags(dict(dataset="text", target="target") | TINY | dict(report_tokens=64)),
-    train_target: ["--dataset=text", *flags(TINY_TARGET)],
+    decompose: as_flags(dict(dataset="text", target="target") | TINY | dict(report_tokens=64)),
+    train_target: ["--dataset=text", *as_flags(TINY_TARGET)],
     evaluation: ["fuzzed", "--windows=2", "--adv_steps=1"],
     cluster: ["fuzzed", "--tokens=64", "--restarts=1"],
     studies.report: ["fuzzed", "--tokens=64", "--val_prompts=1", "--examples=2"],
@@ -73,7 +74,7 @@ def command_line(rng: random.Random, script) -> list[str]:
     types = typing.get_type_hints(script.Config)
     args = list(USUAL[script])
     for field in rng.sample(fields, rng.choice((1, 1, 2, 3))):
-        kinds = run.kinds(types[field.name])
+        kinds = flags.kinds(types[field.name])
         literals = [str(value) for kind in kinds for value in typing.get_args(kind)]
         pool = SEEDS + NUMBERS if field.name == "seed" else NUMBERS if {int, float} & set(kinds) else TEXTS + literals
         value = rng.choice(pool if rng.random() < 0.9 else TEXTS + NUMBERS)

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import cost
 import losses
 import model
+from flags import UserError
 from model import GPT, Attention, Decomposition, GPTConfig, masked_product, rms_norm, rope
-from run import UserError
 
 close = torch.testing.assert_close
 

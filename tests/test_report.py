@@ -24,8 +24,9 @@ import data
 import decompose
 import eval as evaluation
 import tokenise
+from flags import UserError
 from model import GPT, Decomposition, GPTConfig, rms_norm
-from run import UserError, run_script
+from run import run_script
 from studies import harvest, report
 
 T, WINDOWS, K = 8, 150, 12  # several batches; examples of each kind

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, TINY_TARGET, config, flags, resumed, tensors
+from tiny import TINY, TINY_TARGET, as_flags, config, resumed, tensors
 
 import data
 import decompose
 import eval as evaluation
 import run
 import train_target
-from run import UserError
+from flags import UserError
 
 # Runs one command in a forked child again and again, as a person would after each crash, and kills it at the given
 # moments: (lines that the log has by then, seconds to wait after that). Prints how many kills met a living process.
@@ -80,7 +80,7 @@ def test_decompose_killed_ten_times_ends_in_the_same_bits(home):
     settings = TINY | dict(steps=60, save_every=1)
     decompose.main(config(out="unharmed", **dict(steps=60, save_every=1)))
     kill_ten_times(
-        home, "decompose", "killed", 50, "--dataset=text", "--target=target", "--out=killed", *flags(settings)
+        home, "decompose", "killed", 50, "--dataset=text", "--target=target", "--out=killed", *as_flags(settings)
     )
     once, often = (torch.load(home / name / "state.pt", weights_only=True)["vpd"] for name in ("unharmed", "killed"))
     assert len(tensors(once)) == len(tensors(often)) > 50
@@ -97,7 +97,7 @@ def test_train_target_killed_ten_times_ends_in_the_same_bits(home):
     settings = TINY_TARGET | dict(steps=150, val_every=1, save_every=1)
     train_target.main(train_target.Config(dataset="text", out="unharmed-target", **settings))
     kill_ten_times(
-        home, "train_target", "killed-target", 130, "--dataset=text", "--out=killed-target", *flags(settings)
+        home, "train_target", "killed-target", 130, "--dataset=text", "--out=killed-target", *as_flags(settings)
     )
     once, often = (
         torch.load(home / name / "checkpoint.pt", weights_only=True) for name in ("unharmed-target", "killed-target")

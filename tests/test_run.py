@@ -1,4 +1,4 @@
-"""run.py alone, without a method: flags, devices, files that are whole at every moment, checkpoints, Ctrl-C."""
+"""run.py alone, without a method: how a script ends, devices, files that are whole at every moment, Ctrl-C."""
 
 import contextlib
 import dataclasses
@@ -13,125 +13,27 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 
 import pytest
 import torch
 
-import decompose
+import checkpoints
 import distributed
 import run
 import train_target
-from run import UserError
+from flags import UserError
 
 CPU = torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A. Flags
+# A. The script
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     folder: str  # a positional argument
     steps: int = 10
-    lr: float = 0.5
-    shard: bool = False
-    compile: bool | Literal["auto"] = "auto"
-    scale: Literal["", "tiny", "laptop"] = ""
-    betas: tuple[float, float] = (0.5, 0.9)
-    prompt: tuple[str, ...] = ()
-    C: str = "*=6"
-
-    def __post_init__(self):
-        run.require(self, "above 0", "steps", "lr")
-        if self.C == "bug":
-            raise ValueError("two shapes do not fit")
-
-
-def read(*args):
-    return run.read_flags(Config, "What it does.", ["somewhere", *args])
-
-
-@pytest.mark.parametrize(
-    "args, changed",
-    [
-        ("", {}),
-        ("--steps=3", dict(steps=3)),
-        ("--steps 3", dict(steps=3)),
-        ("--steps=3 --steps=4", dict(steps=4)),
-        ("--lr=1e-3", dict(lr=0.001)),
-        ("--shard=True", dict(shard=True)),
-        ("--shard=False", dict(shard=False)),
-        ("--shard False", dict(shard=False)),
-        ("--shard", dict(shard=True)),  # a lone flag, at the end
-        ("--shard --lr=1", dict(shard=True, lr=1.0)),  # and before another flag
-        ("--compile", dict(compile=True)),
-        ("--compile=auto", dict(compile="auto")),
-        ("--scale=tiny", dict(scale="tiny")),
-        ("--scale=", dict(scale="")),
-        ("--betas 0.1 0.2", dict(betas=(0.1, 0.2))),
-        ("--prompt=a --prompt=--b", dict(prompt=("a", "--b"))),
-        ("--C=*.q=3,*=4", dict(C="*.q=3,*=4")),
-    ],
-)
-def test_flags(args, changed):
-    assert read(*args.split()) == dataclasses.replace(Config("somewhere"), **changed)
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ("--setps=3", "unknown flag '--setps=3': did you mean --steps?"),
-        ("--setps 3", "unknown flag '--setps': did you mean --steps?"),
-        ("--no-shard", "unknown flag '--no-shard': did you mean --shard?"),
-        ("--zzzzzzz=3", "unknown flag '--zzzzzzz=3'; --help lists the flags"),
-        ("elsewhere", "unknown flag 'elsewhere'; --help lists the flags"),
-        ("--steps=many", "--steps=many: must be a whole number"),
-        ("--steps many", "--steps=many: must be a whole number"),
-        ("--steps=2.5", "--steps=2.5: must be a whole number"),
-        ("--steps=1e3", "--steps=1e3: must be a whole number"),
-        ("--steps=", "--steps=: must be a whole number"),
-        ("--lr=fast", "--lr=fast: must be a number"),
-        ("--shard=maybe", "--shard=maybe: must be True or False"),
-        ("--shard=1", "--shard=1: must be True or False"),
-        ("--compile=maybe", "--compile=maybe: must be True or False or 'auto'"),
-        ("--scale=huge", "--scale=huge: must be '', 'tiny', 'laptop'"),
-        ("--steps", "--steps needs a value, as in --steps=..."),
-        ("--steps --lr=1", "--steps needs a value, as in --steps=..."),
-        ("--C", "--C needs a value, as in --C=..."),
-        (
-            "--lr=1 --steps=many",
-            "--steps=many: must be a whole number",
-        ),  # not the first flag, but the one that is wrong
-        # Of Config itself
-        ("--steps=0", "steps=0: must be above 0"),
-        ("--lr=nan", "lr=nan: must be above 0"),
-        ("--lr -1", "lr=-1.0: must be above 0"),
-    ],
-)
-def test_a_bad_flag_is_named_in_one_line(args, message):
-    with pytest.raises(UserError) as error:
-        read(*args.split())
-    assert str(error.value) == message
-
-
-@pytest.mark.parametrize("value", ["1", "0.1,0.2", "a b"])
-def test_a_bad_list_of_numbers_is_not_said_to_need_text(value):
-    with pytest.raises(UserError, match=f"--betas={value.split()[0]}: must be .*number"):
-        read("--betas", *value.split())
-
-
-@pytest.fixture
-def as_a_file(monkeypatch):
-    """As in `python /some/where/tried.py`, and not in `python -m pytest`."""
-    monkeypatch.setattr(sys, "argv", ["/some/where/tried.py"])
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
-
-
-def test_a_missing_positional_argument(as_a_file):
-    with pytest.raises(UserError, match="^tried.py needs FOLDER; --help lists the flags$"):
-        run.read_flags(Config, None, [])
 
 
 @pytest.mark.parametrize("module, typed", [("studies.report", "-m studies.report"), ("toys.__main__", "-m toys")])
@@ -140,30 +42,6 @@ def test_a_module_is_called_as_it_was_typed(monkeypatch, module, typed):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec, raising=False)
     monkeypatch.setattr(sys, "argv", ["/some/where/report.py", "out/a", "--prompt=two words"])
     assert run.command() == f"{typed} out/a '--prompt=two words'"
-
-
-def test_a_bug_of_config_itself_is_no_fault_of_the_flags():
-    with pytest.raises(ValueError, match="two shapes do not fit") as error:
-        read("--C=bug")
-    assert not isinstance(error.value, UserError)
-
-
-def test_flags_go_on_top_of_a_scale():
-    config = run.read_flags(train_target.Config, None, ["--scale=tiny", "--T=8"])
-    assert (config.d_model, config.T, config.steps) == (16, 8, 40)
-
-
-def test_flags_go_on_top_of_defaults_that_are_found_out():
-    config = run.read_flags(Config, None, ["--steps=3"], lambda: Config("found", steps=7, lr=0.25))
-    assert config == Config("found", steps=3, lr=0.25)
-
-
-def test_help_lists_the_flags_and_ends_well(capsys):
-    with pytest.raises(SystemExit) as stop:
-        read("--help")
-    printed = capsys.readouterr().out
-    assert stop.value.code == 0 and "What it does." in printed
-    assert all(f"--{field.name}" in printed for field in dataclasses.fields(Config) if field.name != "folder")
 
 
 def script(monkeypatch, main, *args):
@@ -215,57 +93,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch, bug, kind):
     with pytest.raises(kind) as error:
         script(monkeypatch, lambda config: bug())
     assert error.traceback[-1].name == bug.__name__
-
-
-def test_no_colours_and_no_boxes_on_a_terminal(as_a_file):
-    """One child on a pseudo-terminal: four bad command lines, four lines."""
-    pty = pytest.importorskip("pty")
-    pid, terminal = pty.fork()
-    if pid == 0:
-        with contextlib.suppress(BaseException):
-            os.environ |= {"TERM": "xterm-256color", "FORCE_COLOR": "1"}
-            sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
-            for args in (["f", "--steps=many"], ["f", "--setps=3"], ["f", "--lr=nan"], []):
-                sys.argv = ["tried.py", *args]
-                try:
-                    run.run_script(lambda config: print("ran"), Config, "What it does.")
-                except SystemExit as stop:
-                    print(stop.code)
-        os._exit(0)
-    printed = b""
-    with contextlib.suppress(OSError):  # how a terminal ends
-        while part := os.read(terminal, 10_000):
-            printed += part
-    os.waitpid(pid, 0)
-    assert printed.decode().splitlines() == [
-        "error: --steps=many: must be a whole number",
-        "error: unknown flag '--setps=3': did you mean --steps?",
-        "error: lr=nan: must be above 0",
-        "error: tried.py needs FOLDER; --help lists the flags",
-    ]
-
-
-def test_counts_of_patterns():
-    assert run.parse_counts("C", "*.q=64, *.k = 32,*=5") == {"*.q": 64, "*.k": 32, "*": 5}
-    for text, message in [
-        ("12", "C='12': '12' is not PATTERN=COUNT, as in '[*].q=64,[*].up=248'"),
-        ("", "'' is not PATTERN=COUNT"),
-        ("*.q=64,", "'' is not PATTERN=COUNT"),
-        ("*.q=many", "'[*].q=many' is not PATTERN=COUNT"),
-        ("*.q=2.5", "'[*].q=2.5' is not PATTERN=COUNT"),
-        ("*.q=64,*.q=65", "gives '[*].q' two counts"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            run.parse_counts("C", text)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2**63, -1, 0])
-def test_require(value):
-    config = SimpleNamespace(lr=value, B=1)
-    with pytest.raises(UserError, match=f"^lr={value}: must be above 0"):
-        run.require(config, "above 0", "B", "lr")
-    with pytest.raises(UserError, match="0 or above") if value != 0 else contextlib.nullcontext():
-        run.require(config, "0 or above", "B", "lr")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,7 +211,7 @@ def test_a_power_cut_before_the_rename_leaves_the_old_file_whole(tmp_path, monke
     real_replace, real_fsync = os.replace, os.fsync
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), real_replace(a, b)))
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append("settle"), real_fsync(handle)))
-    run.save(tmp_path / "checkpoint.pt", "target", {"value": 1})
+    checkpoints.save(tmp_path / "checkpoint.pt", "target", {"value": 1})
     assert events == ["settle", "rename", "settle"]
 
     def power_cut(a, b):
@@ -392,8 +219,8 @@ def test_a_power_cut_before_the_rename_leaves_the_old_file_whole(tmp_path, monke
 
     monkeypatch.setattr(os, "replace", power_cut)
     with pytest.raises(SystemError):
-        run.save(tmp_path / "checkpoint.pt", "target", {"value": 2})
-    assert run.load_checkpoint(tmp_path / "checkpoint.pt", "target")["value"] == 1
+        checkpoints.save(tmp_path / "checkpoint.pt", "target", {"value": 2})
+    assert checkpoints.load_checkpoint(tmp_path / "checkpoint.pt", "target")["value"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -476,14 +303,14 @@ def test_a_folder_that_nothing_was_written_to_is_gone_again(tmp_path):
 # Claims a folder, says so, and then waits for a line, or goes on with the second argument as a flag of `claim`.
 CLAIM = """
 import sys; sys.path.insert(0, {code!r})
-import run
+import flags, run
 from pathlib import Path
 try:
     with run.claims():
         run.claim(Path(sys.argv[1]), **{{flag: True for flag in sys.argv[2:]}})
         print("mine", flush=True)
         sys.stdin.readline()
-except run.UserError as error:
+except flags.UserError as error:
     print(error, flush=True)
 """
 
@@ -642,204 +469,7 @@ def test_without_wandb_one_line_says_so(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# D. Checkpoints
-
-
-@pytest.fixture
-def saved(tmp_path):
-    path = tmp_path / "run" / "checkpoint.pt"
-    path.parent.mkdir()
-    run.save(path, "target", {"model": {"W": torch.arange(3.0)}, "lr": 0.5, "betas": (1, 2), "curve": [[1, 2.0]]})
-    return path
-
-
-def test_a_checkpoint_is_read_back(saved):
-    checkpoint = run.load_checkpoint(saved, "target")
-    assert torch.equal(checkpoint.pop("model")["W"], torch.arange(3.0))
-    assert checkpoint == {"kind": "target", "format": run.FORMAT, "lr": 0.5, "betas": (1, 2), "curve": [[1, 2.0]]}
-
-
-def refusal(path, kind="target"):
-    with pytest.raises(UserError) as error:
-        run.load_checkpoint(path, kind)
-    assert len(str(error.value).splitlines()) == 1
-    return str(error.value)
-
-
-def test_a_checkpoint_that_is_not_there(saved):
-    assert refusal(saved.parent.parent / "nowhere/checkpoint.pt").endswith("nowhere' does not exist")
-    assert refusal(saved / "checkpoint.pt").endswith("checkpoint.pt' does not exist")  # a file is no folder
-    assert refusal(saved.parent / "state.pt") == f"run folder {str(saved.parent)!r} holds no state.pt"
-
-
-def test_a_checkpoint_of_another_kind(saved):
-    message = f"{saved} is a checkpoint of kind 'target', not 'decomposition'"
-    assert refusal(saved, "decomposition") == message
-    torch.save(torch.ones(3), saved)
-    assert refusal(saved) == f"{saved} is a checkpoint of kind None, not 'target'"
-
-
-@pytest.mark.parametrize(
-    "number, advice", [(-1, "an older version of this code: make it anew"), (1, "a newer version")]
-)
-def test_a_checkpoint_of_another_format(saved, monkeypatch, number, advice):
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "FORMAT", run.FORMAT + number)
-        run.save(saved, "target", {})
-    assert f"{saved} has format {run.FORMAT + number}, not {run.FORMAT}: it is of {advice}" in refusal(saved)
-
-
-def test_a_checkpoint_from_before_there_was_a_format_is_an_older_one(saved):
-    torch.save({"kind": "target", "model": {}}, saved)
-    assert "has format 0" in refusal(saved) and "an older version of this code" in refusal(saved)
-
-
-class Foreign:
-    pass
-
-
-@pytest.mark.parametrize("size", [0, 1, 100, -100, -1])
-def test_a_checkpoint_that_is_cut_off(saved, size):
-    saved.write_bytes(saved.read_bytes()[:size])
-    assert refusal(saved).startswith(f"{saved} is not a whole checkpoint (")
-
-
-@pytest.mark.parametrize("content", [b"\n\n\n", b"some text", b"\x80\x04garbage", bytes(1000)])
-def test_a_file_that_is_no_checkpoint(saved, content):
-    saved.write_bytes(content)
-    assert refusal(saved).startswith(f"{saved} is not a whole checkpoint (")
-
-
-def test_a_checkpoint_with_code_in_it_is_not_run(saved):
-    torch.save({"kind": "target", "format": run.FORMAT, "model": Foreign()}, saved)
-    assert refusal(saved).startswith(f"{saved} is not a whole checkpoint (")
-
-
-@pytest.mark.parametrize("reason", [None, "No space left on device"])
-def test_a_full_disk_keeps_the_earlier_file_and_claims_none_that_is_not_there(saved, monkeypatch, reason):
-    before = saved.read_bytes()
-
-    def full(checkpoint, file):
-        file.write(b"half")
-        try:
-            raise OSError(errno.ENOSPC, reason) if reason else ValueError
-        except (OSError, ValueError):  # torch hides what the disk says behind an error of its own
-            raise RuntimeError("unexpected pos 704 vs 598\nand a long trace")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError) as error:
-        run.save(saved, "target", {})
-    why = f"({reason or 'unexpected pos 704 vs 598'})"
-    assert str(error.value) == f"cannot save {saved} {why}; an earlier checkpoint.pt there is still whole"
-    assert saved.read_bytes() == before
-    with pytest.raises(UserError) as error:
-        run.save(saved.parent / "state.pt", "target", {})
-    assert str(error.value) == f"cannot save {saved.parent / 'state.pt'} {why}"
-    assert [path.name for path in saved.parent.iterdir()] == ["checkpoint.pt"]
-
-
-def test_a_full_disk_is_named_with_the_file(tmp_path):
-    with pytest.raises(OSError) as error, run.written(tmp_path / "metrics.json"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert str(error.value) == f"[Errno 28] No space left on device: '{tmp_path}/metrics.json'"
-
-
-def test_what_a_checkpoint_lacks_is_named(saved):
-    run.save(saved, "target", {"config": {"leak": 0.01, "deep": {"a": 1}}, "step": 3})
-    checkpoint = run.load_checkpoint(saved, "target")
-    assert checkpoint["config"]["deep"]["a"] == 1
-    for look_up, name in [
-        (lambda: checkpoint["C"], "C"),
-        (lambda: checkpoint["config"]["T"], "config.T"),
-        (lambda: checkpoint["config"]["deep"]["b"], "config.deep.b"),
-    ]:
-        with pytest.raises(UserError) as error:
-            look_up()
-        assert str(error.value) == f"{saved} is not whole: it lacks {name!r}"
-    run.save(saved, "target", {"config": checkpoint["config"]})  # what was read can be written again
-    assert run.load_checkpoint(saved, "target")["config"] == {"leak": 0.01, "deep": {"a": 1}}
-
-
-def test_a_folder_that_is_gone_is_one_line(saved):
-    with pytest.raises(UserError, match="cannot save"):
-        run.save(saved.parent / "gone" / "state.pt", "target", {})
-
-
-@dataclasses.dataclass(frozen=True)
-class Resumed:
-    lr: float = 0.5
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    steps: int = 8
-    device: str = "auto"
-    resume: str = "out/a"
-
-
-def test_settings_of_the_last_save_go_before_those_of_config_json(tmp_path):
-    run.write_config(tmp_path, Resumed(lr=0.1, steps=9), CPU)
-    kind = "target in training"
-    config = run.resumed_settings(tmp_path, kind, Resumed)
-    assert config == Resumed(lr=0.1, steps=9, resume=str(tmp_path)) and isinstance(config.adam_betas, tuple)
-    run.save(tmp_path / "state.pt", kind, {"config": dataclasses.asdict(Resumed(lr=0.2))})
-    assert run.resumed_settings(tmp_path, kind, Resumed) == Resumed(lr=0.2, resume=str(tmp_path))
-
-
-def test_settings_of_what_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="holds no state.pt"):
-        run.resumed_settings(tmp_path, "target in training", Resumed)
-    with pytest.raises(UserError, match="does not exist"):
-        run.resumed_settings(tmp_path / "nowhere", "target in training", Resumed)
-    run.save(tmp_path / "state.pt", "decomposition in training", {"config": {}})
-    with pytest.raises(UserError, match="of kind 'decomposition in training', not 'target in training'"):
-        run.resumed_settings(tmp_path, "target in training", Resumed)
-
-
-@pytest.mark.parametrize("begun, other", [(train_target, decompose), (decompose, train_target)])
-def test_a_run_of_the_other_script_that_ended_before_its_first_save_is_refused(tmp_path, begun, other):
-    run.write_config(tmp_path, begun.Config(), CPU)
-    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-        other.Config(resume=str(tmp_path)).defaults()
-
-
-def test_settings_that_may_change_and_those_that_may_not():
-    may_change = ("steps", "device")
-    run.check_unchanged(Resumed(), Resumed(), may_change)
-    run.check_unchanged(Resumed(steps=9, device="cpu"), Resumed(), may_change)
-    for changed, message in [
-        (dict(lr=0.1), "lr=0.1: the run in out/a has lr=0.5, and on resuming only steps, device may change"),
-        (dict(adam_betas=(0.5, 0.5)), r"adam_betas=\(0.5, 0.5\): the run in out/a has adam_betas=\(0.9, 0.95\)"),
-    ]:
-        with pytest.raises(UserError, match="^" + message):
-            run.check_unchanged(Resumed(steps=9, **changed), Resumed(), may_change)
-
-
-STATE = {"device": "cpu", "processes": 1, "step": 4, "config": {"steps": 8}}
-
-
-def test_a_run_that_can_go_on(capsys):
-    run.check_resumable(Resumed(), STATE, CPU)
-    assert capsys.readouterr().out == ""
-    run.check_resumable(Resumed(steps=4), STATE, CPU)
-    run.check_resumable(Resumed(steps=2000), STATE, CPU)
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[2].partition(":")[0] for line in printed] == [" 4 steps, not 8", " 2,000 steps, not 8"]
-
-
-@pytest.mark.parametrize(
-    "state, message",
-    [
-        ({"device": "cuda"}, "resume=out/a: that run was on cuda, and its numbers cannot go on on cpu"),
-        ({"processes": 2}, "resume=out/a: that run had 2 processes, and its random numbers cannot go on in 1"),
-        ({"step": 9, "config": {"steps": 20}}, "steps=8: the run in out/a has done 9 already"),
-    ],
-)
-def test_a_run_that_cannot_go_on(state, message):
-    with pytest.raises(UserError) as error:
-        run.check_resumable(Resumed(), STATE | state, CPU)
-    assert str(error.value) == message
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# E. The loop
+# D. The loop
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -866,21 +496,6 @@ def test_what_nobody_reads_ends_no_run(capfd):
         assert sys.stdout.gone
     print("here again")
     assert "here again" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "name, value", [("steps", 2.5), ("lr", "fast"), ("adam_betas", 3), ("dataset", None), ("seed", True)]
-)
-def test_a_setting_of_another_type_is_named(name, value):
-    saved = dataclasses.asdict(train_target.Config()) | {name: value}
-    with (
-        pytest.raises(UserError, match=rf"x.pt is not whole \(TypeError: {name} is {value!r}\)"),
-        run.built_from(Path("x.pt")),
-    ):
-        run.settings(train_target.Config, saved)
-    assert (
-        run.settings(train_target.Config, saved | {name: getattr(train_target.Config(), name)}) == train_target.Config()
-    )
 
 
 def test_under_nohup_a_closed_terminal_is_no_end(monkeypatch):

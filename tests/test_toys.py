@@ -14,12 +14,13 @@ import torch
 from tiny import one_line
 from torch import nn
 
+import checkpoints
 import losses
 import run
 import toys.__main__ as toy
 from decompose import VPD
+from flags import UserError
 from model import Decomposition
-from run import UserError
 from toys import checks, figures, targets
 from toys.__main__ import Config, preset
 from toys.checks import column_match, dense_error, identity_error, live, matrix_cosine, n_shared, permute_identity
@@ -390,7 +391,7 @@ def test_a_run_leaves_its_folder(name, flags, n, tmp_path, monkeypatch, capsys):
     metrics, config = (json.loads((folder / f"{file}.json").read_text()) for file in ("metrics", "config"))
     assert set(metrics) == {"checks", "ablations", "alphas", "seconds"} and f"of {n} checks" in capsys.readouterr().out
     assert (config["toy"], config["seed"], config["hidden"]) == (name, seed, 8)
-    assert set(run.load_checkpoint(folder / "checkpoint.pt", "toy")["vpd"]["decomposition"]) >= {
+    assert set(checkpoints.load_checkpoint(folder / "checkpoint.pt", "toy")["vpd"]["decomposition"]) >= {
         "U:circuits" if name == "ping_pong" else "U:layers/0/q"
     }
 

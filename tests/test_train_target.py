@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from tiny import TINY_TARGET, tensors
 
+import checkpoints
 import data
 import decompose
+import flags
 import run
 import train_target
+from flags import UserError
 from model import GPT, GPTConfig
-from run import UserError
 from train_target import build_target, cosine, default_folder, find_or_train, generate, next_token_ce, validation_ce
 
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def config(**changes):
 def named(args: str) -> str:
     """The default folder of this command line, where the corpus is called `words`."""
     corpus = data.Corpus("words", {}, None, "")
-    return default_folder(run.read_flags(train_target.Config, None, args.split()), corpus).as_posix()
+    return default_folder(flags.read_flags(train_target.Config, None, args.split()), corpus).as_posix()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,10 @@ def test_next_token_ce_by_hand():
 
 def test_validation_ce_is_the_mean_over_all_windows(home):
     """Of 40 windows, more than are taken at a time and not a multiple of it."""
-    corpus, target = data.load("text"), build_target(run.load_checkpoint(home / "target/checkpoint.pt", "target"))
+    corpus, target = (
+        data.load("text"),
+        build_target(checkpoints.load_checkpoint(home / "target/checkpoint.pt", "target")),
+    )
     for name, weight in target.named_parameters():
         weight.data *= 1 if "embed" in name else 30
     windows = torch.cat([corpus.batch("val", 0, 32, 16), corpus.batch("val", 32, 8, 16)])
@@ -124,7 +129,7 @@ def test_validation_ce_is_the_mean_over_all_windows(home):
 def test_what_a_finished_target_leaves(home):
     folder = home / "target"
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl", "sample.txt"]
-    checkpoint, rows = run.load_checkpoint(folder / "checkpoint.pt", "target"), run.read_log(folder)
+    checkpoint, rows = checkpoints.load_checkpoint(folder / "checkpoint.pt", "target"), run.read_log(folder)
     assert [row["step"] for row in rows] == [1, 5, 9, 12]  # steps done: every 4, and the last
     assert [row["tokens"] for row in rows] == [64, 5 * 64, 9 * 64, 12 * 64]  # B T = 64 a step
     assert checkpoint["curve"] == [[row["tokens"], row["val_ce"]] for row in rows]
@@ -152,7 +157,8 @@ def test_same_seed_same_target_and_another_seed_another(home, tmp_path):
     again = train_target.main(config(out=str(tmp_path / "again")))
     other = train_target.main(config(out=str(tmp_path / "other"), seed=1))
     first, again, other = (
-        run.load_checkpoint(folder / "checkpoint.pt", "target")["model"] for folder in (home / "target", again, other)
+        checkpoints.load_checkpoint(folder / "checkpoint.pt", "target")["model"]
+        for folder in (home / "target", again, other)
     )
     assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(again), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(tensors(first), tensors(other), strict=True))
@@ -182,11 +188,11 @@ def test_a_resumed_target_is_the_whole_one_bit_for_bit(home, tmp_path, monkeypat
             train_target.main(config(out=str(folder)))
     assert f"--resume={folder}" in capsys.readouterr().out
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.jsonl", "state.pt"]
-    assert run.load_checkpoint(folder / "state.pt", "target in training")["step"] == 5
+    assert checkpoints.load_checkpoint(folder / "state.pt", "target in training")["step"] == 5
     with open(folder / "metrics.jsonl", "a") as log:
         log.write('{"step": 9, "tokens": 576, "train_ce": 0.0, "val_ce": 0.0}\n{"step": 12, "tok')  # and a power cut
     assert resume(folder) == folder
-    once, twice = (run.load_checkpoint(f / "checkpoint.pt", "target") for f in (home / "target", folder))
+    once, twice = (checkpoints.load_checkpoint(f / "checkpoint.pt", "target") for f in (home / "target", folder))
     assert all(torch.equal(a, b) for a, b in zip(tensors(once["model"]), tensors(twice["model"]), strict=True))
     assert once["curve"] == twice["curve"]
     for name in ("metrics.jsonl", "sample.txt"):
@@ -211,7 +217,7 @@ def test_what_may_change_when_a_target_is_resumed(tmp_path, home, monkeypatch, c
     assert before == {p: p.read_bytes() for p in folder.iterdir()}
     resume(folder, steps=7, save_every=2)
     assert "7 steps, not 12: from step 5 on" in capsys.readouterr().out
-    assert run.load_checkpoint(folder / "checkpoint.pt", "target")["curve"][-1][0] == 7 * 64
+    assert checkpoints.load_checkpoint(folder / "checkpoint.pt", "target")["curve"][-1][0] == 7 * 64
 
 
 def test_a_finished_target_is_not_trained_again(home, capsys):
@@ -254,7 +260,7 @@ def test_a_loss_that_is_not_finite_is_never_saved(home, tmp_path, every):
         train_target.main(config(lr=1e18, out=str(tmp_path / "nan"), **every))
     assert not (tmp_path / "nan/checkpoint.pt").exists()
     if (tmp_path / "nan/state.pt").exists():
-        state = run.load_checkpoint(tmp_path / "nan/state.pt", "target in training")
+        state = checkpoints.load_checkpoint(tmp_path / "nan/state.pt", "target in training")
         assert all(weight.isfinite().all() for weight in tensors(state["model"]))
 
 
@@ -304,7 +310,7 @@ def test_a_target_is_found_or_trained(home, elsewhere, capsys):
     checkpoint = find_or_train(vpd(), corpus)
     folder = elsewhere / f"out/target-{corpus.name}-tiny"
     assert "12 steps of 4 x 16 tokens" in capsys.readouterr().out and (folder / "checkpoint.pt").exists()
-    whole = run.load_checkpoint(home / "target/checkpoint.pt", "target")
+    whole = checkpoints.load_checkpoint(home / "target/checkpoint.pt", "target")
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole["model"]), tensors(checkpoint["model"]), strict=True))
     again = find_or_train(vpd(seed=7, B=5, lr=0.1), corpus)  # settings of the decomposition alone
     assert capsys.readouterr().out == "" and again["curve"] == checkpoint["curve"]
@@ -326,9 +332,9 @@ def test_an_unfinished_target_is_finished(home, elsewhere, monkeypatch):
             find_or_train(vpd(), data.load("text"))
     corpus = data.load("text")
     state = elsewhere / f"out/target-{corpus.name}-tiny/state.pt"
-    assert run.load_checkpoint(state, "target in training")["step"] == 5
+    assert checkpoints.load_checkpoint(state, "target in training")["step"] == 5
     checkpoint = find_or_train(vpd(), corpus)
-    whole = run.load_checkpoint(home / "target/checkpoint.pt", "target")
+    whole = checkpoints.load_checkpoint(home / "target/checkpoint.pt", "target")
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole["model"]), tensors(checkpoint["model"]), strict=True))
     assert checkpoint["curve"] == whole["curve"] and not state.exists()
 
@@ -385,4 +391,4 @@ def test_a_target_that_another_process_trains_is_waited_for(home, elsewhere, hel
         shutil.copy(home / "target/checkpoint.pt", folder)  # as the other one does at its end
         (folder / run.LOCK).unlink()
     waits.join(10)
-    assert found[0]["curve"] == run.load_checkpoint(home / "target/checkpoint.pt", "target")["curve"]
+    assert found[0]["curve"] == checkpoints.load_checkpoint(home / "target/checkpoint.pt", "target")["curve"]

@@ -12,14 +12,14 @@ import bench.step
 import cluster
 import decompose
 import eval as evaluation
-import run
+import flags
 import studies.components
 import studies.report
 import studies.rules
 import studies.sharing
 import toys.__main__
 import train_target
-from run import UserError
+from flags import UserError
 
 SCRIPTS = (
     train_target, decompose, evaluation, cluster, studies.report, studies.components, toys.__main__, bench.plan,
@@ -45,7 +45,7 @@ def numbers() -> list[tuple]:
     found = []
     for script in SCRIPTS:
         for field, hint in typing.get_type_hints(script.Config).items():
-            kinds = run.kinds(hint)
+            kinds = flags.kinds(hint)
             if {int, float} & set(kinds):
                 found += [(script, field, value) for value in SENSELESS]
                 found += [(script, field, 1.5)] if field in SHARES else [(script, field, 1)] if field == "tau" else []

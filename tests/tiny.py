@@ -16,7 +16,7 @@ TINY = dict(
 )  # fmt: skip
 
 
-def flags(settings: dict) -> list[str]:
+def as_flags(settings: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 

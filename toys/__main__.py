@@ -26,12 +26,14 @@ import torch
 import tyro
 from torch import nn
 
+import checkpoints
+import flags
 import losses
 import run
 from ci_fn import CITransformer
 from decompose import VPD, Method
+from flags import UserError
 from model import Decomposition
-from run import UserError
 from toys import apd, checks, figures
 from toys.gamma import CIMLPs, CISharedMLP
 from toys.targets import TOYS, InductionHead, train
@@ -103,8 +105,8 @@ class Config(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        run.require(self, "above 0", "C", "hidden", "restarts", "U_scale")
-        run.require(self, "0 or above", "ci_spread")
+        flags.require(self, "above 0", "C", "hidden", "restarts", "U_scale")
+        flags.require(self, "0 or above", "ci_spread")
         if not abs(self.ci_bias) < 2**63:
             raise UserError(f"ci_bias={self.ci_bias}: must be a number of magnitude below 2^63")
         if self.device not in ("auto", "cpu"):
@@ -220,7 +222,7 @@ def main(config: Config | apd.Config) -> None:
         print(f"cluster.py groups the live subcomponents as they belong together at alpha = {at}")
     metrics = {"checks": [asdict(c) for c in found], "ablations": ablations, "alphas": alphas, "seconds": seconds}
     content = {"config": asdict(config), "target": target.state_dict(), "vpd": vpd.state_dict()}
-    run.save(folder / "checkpoint.pt", "toy", content)
+    checkpoints.save(folder / "checkpoint.pt", "toy", content)
     run.write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     run.write_config(folder, config, torch.device("cpu"))
 

@@ -25,10 +25,11 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+import flags
 import losses
 import run
+from flags import UserError
 from model import Decomposition
-from run import UserError
 from toys import checks
 from toys.checks import Check, Matrix
 from toys.targets import TOYS, FeatureToy
@@ -123,9 +124,9 @@ class Config:
     out: str = ""  # run folder; default out/toy-<toy>-apd-<seed>, with a number behind it if that is taken
 
     def __post_init__(self) -> None:
-        run.require(self, "above 0", "C", "top_k", "p", "steps", "B", "lr")
-        run.require(self, "0 or above", "rank", "beta_delta", "beta_recon", "beta_simple", "seed")
-        run.require(self, "between 0 and 1", "lr_warmup", "lr_end")
+        flags.require(self, "above 0", "C", "top_k", "p", "steps", "B", "lr")
+        flags.require(self, "0 or above", "rank", "beta_delta", "beta_recon", "beta_simple", "seed")
+        flags.require(self, "between 0 and 1", "lr_warmup", "lr_end")
         if self.toy not in PRESETS:
             known = "" if self.toy in TOYS else "unknown toy "
             raise UserError(f"method=apd: {known}{self.toy!r} has no settings; there are {', '.join(PRESETS)}")
