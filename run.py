@@ -139,7 +139,7 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16(device))
 
 
-COMPILING_PAYS = 5_500  # steps of the default run on a CPU that earn back the minutes that compiling takes
+COMPILING_PAYS = 3_000  # steps of the default run on a CPU that earn back the minutes that compiling takes
 COMPILING_PAYS_MINUTES = 6.0  # and what they take
 
 

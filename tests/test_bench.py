@@ -82,9 +82,9 @@ def test_sweep_writes_its_figure(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure", made_up)
     bench.main(bench.Config(sweep=f"{tmp_path}/scaling.png"))
     lines = [line.partition(":")[0].replace(",", "") for line in capsys.readouterr().out.splitlines()]
-    of_C = [f"C = {C} T = 64 B = 2" for C in (1616, 3232, 6464)]
-    of_T = [f"C = 1616 T = {T} B = 2" for T in (64, 128, 256)]
-    of_B = [f"C = 1616 T = 64 B = {B}" for B in (2, 4, 8)]
+    of_C = [f"C = {C} T = 64 B = 4" for C in (1616, 3232, 6464)]
+    of_T = [f"C = 1616 T = {T} B = 4" for T in (64, 128, 256)]
+    of_B = [f"C = 1616 T = 64 B = {B}" for B in (4, 8, 16)]
     assert lines[:9] == of_C + of_T + of_B and len(lines) == 10
     assert (tmp_path / "scaling.png").stat().st_size > 5000
 

@@ -63,11 +63,13 @@ def test_peak_is_that_of_a_real_step(config, vocab, monkeypatch):
     of_step, of_window = cost.counted(lambda: decompose.trial(config, gpt, CPU))
     vpd = built[0][0]
     step()
-    vpd.optimizer.zero_grad()  # the profiler does not see the end of what was there before
+    for optimizer in vpd.rates:
+        optimizer.zero_grad()  # the profiler does not see the end of what was there before
     assert of_step.peak == pytest.approx(peak_bytes(step, CPU), rel=0.02)
     assert of_window.peak == pytest.approx(peak_bytes(window, CPU), rel=0.02)
-    held = [*vpd.decomposition.target.parameters(), *3 * vpd.learning]  # what learns has two moments,
-    held += 3 * [vpd.adversary.r] if vpd.adversary else []  # and so have the sources
+    held = [*vpd.decomposition.target.parameters(), *3 * vpd.with_adam]  # what learns with Adam has two moments,
+    held += 2 * vpd.decomposition.subcomponents()  # with Muon one,
+    held += 3 * [vpd.adversary.r] if vpd.adversary else []  # and the sources have two
     assert of_step.held == pytest.approx(sum(4 * tensor.numel() for tensor in held), rel=0.01)
 
 
@@ -86,9 +88,12 @@ def test_flops_are_those_that_torch_counts_of_a_real_step(changes, vocab):
 
 
 def test_the_unembedding_counts_once_for_each_masked_pass_and_once_for_the_target():
-    """Each of the n_adv + 1 divergences makes the target's logits anew: most of a small step at a large vocabulary."""
+    """Each of the n_adv + 1 divergences makes the target's logits anew: most of a small step at a large vocabulary.
+
+    Each is of half of the batch.
+    """
     few, many = (counted(small(), replace(SMALL, vocab_size=n)).flops for n in (1000, 51_000))
-    one = 2 * 50_000 * 32 * 4 * 32  # of 50,000 more tokens: multiplications and additions, d_model, B, T
+    one = 2 * 50_000 * 32 * 2 * 32  # of 50,000 more tokens: multiplications and additions, d_model, B / 2, T
     assert many - few == (3 + 1) * 3 * one  # target, masked, and the gradient to the masked
 
 

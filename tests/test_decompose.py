@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ import ci_fn
 import data
 import decompose
 import eval as evaluation
+import flags
 import losses
 import model
 import run
@@ -254,8 +256,8 @@ def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_
         dict(adv_scope="batch", S=2),
         dict(adv_routing="subset", S=2),
         dict(stoch_routing="layerwise", S=2),
-        dict(muon=4.0),
-        dict(halves=True, S=2),
+        dict(muon=0.0),
+        dict(halves=False, S=2),
     ],
 )
 def test_variants_of_the_loss(home, changes):
@@ -325,8 +327,8 @@ def assert_same_step(one: decompose.VPD, other: decompose.VPD, x: torch.Tensor, 
         {"adv_scope": "batch"},
         {"beta_adv": 0.0},
         {"memory_budget": 0.0},
-        {"muon": 4.0},
-        {"halves": True, "S": 2},
+        {"muon": 0.0},
+        {"halves": False, "S": 2},
     ],
 )
 def test_compiled_step_agrees_with_eager(home, monkeypatch, changes):
@@ -363,7 +365,19 @@ def test_recomputing_activations_changes_no_bit(home):
         vpd, x = tiny_vpd(home)
 
 
-@pytest.mark.parametrize("changes", [{}, {"muon": 4.0}, {"halves": True}])
+def test_the_papers_recipe_is_one_flag_away():
+    """At the default size; a scale and single flags go on top."""
+    read = lambda *args: flags.read_flags(decompose.Config, None, list(args))
+    paper, tiny = read("--recipe=paper"), read("--recipe=paper", "--scale=tiny", "--lr=0.5")
+    assert (paper.muon, paper.halves, paper.B, paper.steps) == (0.0, False, 2, 8000)
+    assert (tiny.muon, tiny.halves, tiny.B, tiny.steps, tiny.lr) == (0.0, False, 2, 40, 0.5)
+    plain = {name: getattr(decompose.Config(), name) for name in decompose.PAPER}
+    assert replace(paper, recipe="", **plain) == decompose.Config(scale="laptop")
+    for scale in "gpu", "published":  # sizes of the authors, whose recipe they have anyway
+        assert replace(read(f"--scale={scale}", "--recipe=paper"), recipe="") == read(f"--scale={scale}")
+
+
+@pytest.mark.parametrize("changes", [{}, {"muon": 0.0}, {"halves": False}])
 def test_naive_step_is_the_same_step(home, changes):
     """No materialised Delta, no backward pass for the sources alone, no logits: none of it changes a number."""
     vpd, x = tiny_vpd(home, **changes)

@@ -65,7 +65,7 @@ def build() -> decompose.VPD:
     gamma = TheirGamma(d_ins, int(GOLDEN["C"].sum()), c["d_ci"], c["n_layer_ci"], c["n_head_ci"], c["d_mlp_ci"])
     gamma.load_state_dict(tree("start/gamma/"))
     ours = ("B", "T", "lr", "lr_end", "clip", "n_adv", "adv_lr", "leak", "p_start", "p_end", *losses.BETAS.values())
-    config = decompose.Config(steps=c["n_steps"], **{name: c[name] for name in ours})
+    config = decompose.Config(steps=c["n_steps"], halves=False, muon=0.0, **{name: c[name] for name in ours})
     divergence = losses.HiddenKL(target.unembedding, chunk=7)
     vpd = decompose.VPD(decomposition, gamma, config, (c["B"], c["T"]), torch.device("cpu"), divergence)
     vpd.adversary.r.copy_(golden("start/r")[None])

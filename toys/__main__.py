@@ -43,6 +43,7 @@ from toys.targets import TOYS, InductionHead, train
 
 # What the toys share; the defaults of Method are those of a language model.
 SHARED = dict(steps=3000, lr_warmup=0.0, lr_end=0.0, clip=1.0, faith_steps=200, beta_delta=1.0, adv_lr=0.05, p_end=1.0)
+SHARED |= dict(halves=False, muon=0.0)
 # TMS 5-2: in two dimensions any two features can share a subcomponent. docs/toys.md says what keeps them apart.
 TMS_SMALL = dict(C=50, B=256, lr=1e-2, beta_adv=0.1, beta_imp=1e-4, beta_freq=1e-3, ci_spread=20.0, ci_bias=-1.0)
 TMS_LARGE = dict(C=200, B=256, lr=3e-3, beta_adv=0.5, beta_imp=1e-5, beta_freq=2e-4, restarts=3)
