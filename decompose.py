@@ -59,7 +59,8 @@ class Method:
     n_adv: int = 3  # Adam updates of r a step: n_adv - 1 before the losses, the last from their backward pass
     adv_lr: float = 0.02  # constant after its warm-up
     adv_warmup: float = 0.025  # share of the steps
-    adv_scope: Literal["position", "batch"] = "position"  # a source per position, or one that the batch shares
+    adv_scope: Literal["position", "sequence", "batch"] = "position"  # whose each source is
+    adv_fresh: float = 0.0  # size of sign steps, n_adv - 1 of them, from sources drawn anew each step; 0: as above
     adv_routing: Literal["all", "subset"] = "all"  # matrices that the adversary masks at a position
     stoch_routing: Literal["subset", "layerwise"] = "subset"  # and the random masks; layerwise: SPD's, all or one alone
     halves: bool = True  # every other sequence is the adversary's, the rest random masks'; else all are of both
@@ -79,7 +80,7 @@ class Method:
 
     def __post_init__(self) -> None:
         require(self, "above 0", "S", "n_adv", "B", "steps", "lr", "adv_lr", "clip", "p_start", "p_end", "faith_lr")
-        require(self, "0 or above", "seed", "muon", "clip_ci", "faith_steps", *losses.BETAS.values())
+        require(self, "0 or above", "seed", "muon", "clip_ci", "adv_fresh", "faith_steps", *losses.BETAS.values())
         require(self, "between 0 and 1", "leak", "adv_warmup", "lr_warmup", "lr_end")
         if self.beta_adv == self.beta_stoch == 0:
             raise UserError("beta_adv=0 and beta_stoch=0: without a reconstruction loss nothing is ever important")
@@ -182,7 +183,8 @@ class VPD:
         if config.beta_adv > 0:
             n_sources = sum(decomposition.C.values()) + decomposition.L
             attacked = (positions[0] // (1 + self.halves), *positions[1:])
-            self.adversary = losses.Adversary(attacked, n_sources, self.generator, config.S, config.adv_scope)
+            of_run = dict(S=config.S, scope=config.adv_scope, fresh=config.adv_fresh)
+            self.adversary = losses.Adversary(attacked, n_sources, self.generator, **of_run)
         self.learning = [*decomposition.subcomponents(), *ci_fn.parameters()]
         self.muon = Muon(decomposition.subcomponents(), config.lr) if config.muon else None
         self.with_adam = [*ci_fn.parameters()] if self.muon else self.learning
@@ -256,6 +258,7 @@ class VPD:
             def of_r(r: Tensor) -> Tensor:
                 return self.reconstruction(*fixed, r, routing, frozen=True)
 
+            self.adversary.begin_step()
             for _ in range(c.n_adv - 1):  # r alone ascends, on this batch
                 self.adversary.ascend(self.adversary.gradient(of_r), adv_lr)
             r = self.adversary.r.detach().requires_grad_()

@@ -193,15 +193,20 @@ def adam_ascent(
 class Adversary:
     """Persistent sources r that live across steps and ascend the adversarial loss (PPGD).
 
-    scope `position`: r [S, B, T, C + L], one source per position; `batch`: r [S, 1, 1, C + L], one per subcomponent,
-    shared by the whole batch, of all processes. r starts at U(0, 1) and stays in [0, 1] after every ascent.
+    scope `position`: r [S, B, T, C + L], one source per position; `sequence`: r [S, B, 1, C + L], shared by its
+    positions; `batch`: r [S, 1, 1, C + L], shared by the whole batch, of all processes.
+    fresh: 0, or the size of sign steps from sources that are drawn anew at each step, in place of Adam's on old ones.
+    r starts at U(0, 1) and stays in [0, 1] after every ascent.
     """
 
     def __init__(
         self, positions: tuple[int, ...], n_sources: int, generator: torch.Generator, S: int = 1,
-        scope: Literal["position", "batch"] = "position", betas: tuple[float, float] = (0.5, 0.99),
+        scope: Literal["position", "sequence", "batch"] = "position", betas: tuple[float, float] = (0.5, 0.99),
+        fresh: float = 0.0,
     ) -> None:  # fmt: skip
-        axes = positions if scope == "position" else (1,) * len(positions)
+        own = {"position": len(positions), "sequence": 1, "batch": 0}[scope]  # axes along which r is not shared
+        axes = *positions[:own], *(1,) * (len(positions) - own)
+        self.generator, self.fresh = generator, fresh
         self.r = sample_sources((S, *axes, n_sources), generator)
         self.mom1, self.mom2 = torch.zeros_like(self.r), torch.zeros_like(self.r)
         self.count = torch.zeros((), device=self.r.device)
@@ -210,6 +215,13 @@ class Adversary:
         if self.shared:
             distributed.broadcast_([self.r])
 
+    def begin_step(self) -> None:
+        """Fresh sources are drawn; persistent ones stay as they are."""
+        if self.fresh:
+            self.r.copy_(sample_sources(self.r.shape, self.generator))
+            if self.shared:
+                distributed.broadcast_([self.r])
+
     def gradient(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """d loss(r) / d r, without a gradient for anything else."""
         r = self.r.detach().requires_grad_()
@@ -217,8 +229,11 @@ class Adversary:
 
     @torch.no_grad()
     def ascend(self, grad_r: Tensor, lr: float) -> None:
-        """r <- clamp(r + lr * Adam(grad_r), 0, 1), for the gradient of this process's loss."""
+        """r <- clamp(r + lr * Adam(grad_r), 0, 1), for the gradient of this process's loss; fresh: r + fresh * sign."""
         grad_r = distributed.mean(grad_r) if self.shared else grad_r / distributed.world()  # of the whole batch's loss
+        if self.fresh:
+            self.r.add_(grad_r.sign(), alpha=self.fresh).clamp_(0, 1)
+            return
         lr = torch.full((), lr, device=self.r.device)
         self.update(self.r, grad_r, self.mom1, self.mom2, self.count, lr, *self.betas)
 

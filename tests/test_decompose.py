@@ -117,7 +117,7 @@ def five_steps_say_eight(minutes, began, step):
     return TINY["steps"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"beta_adv": 0.0}, {"adv_scope": "batch"}])
+@pytest.mark.parametrize("changes", [{}, {"beta_adv": 0.0}, {"adv_scope": "batch"}, {"adv_fresh": 0.5}])
 def test_a_run_in_minutes_is_that_of_the_steps_it_found(home, monkeypatch, changes):
     """The steps that are timed leave no trace: not in the weights, the moments, the sources nor the random state."""
     name = "-".join(map(str, changes.values()))
@@ -254,6 +254,7 @@ def test_shared_backward_gives_the_sources_the_gradient_of_the_adversarial_loss_
         dict(beta_adv=0.0),
         dict(beta_stoch=0.0),
         dict(adv_scope="batch", S=2),
+        dict(adv_scope="sequence", adv_fresh=0.5),
         dict(adv_routing="subset", S=2),
         dict(stoch_routing="layerwise", S=2),
         dict(muon=0.0),

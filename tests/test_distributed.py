@@ -25,13 +25,23 @@ CPU = torch.device("cpu")
 STEPS = 20
 B = 4
 REAL_ROUTING = losses.sample_routing
-VARIANTS = [(False, {}), (True, {}), (True, {"adv_scope": "batch"}), (True, {"adv_routing": "subset", "S": 2})]
+VARIANTS = [
+    (False, {}),
+    (True, {}),
+    (True, {"adv_scope": "batch"}),
+    (True, {"adv_scope": "sequence"}),
+    (True, {"adv_routing": "subset", "S": 2}),
+]
 VARIANTS += [
     (False, {"shard": True}),
     (True, {"shard": True, "d_mlp_ci": 15}),
 ]  # (double precision, settings); 15: uneven parts
 VARIANTS += [(True, {"shard": True, "memory_budget": 0.0}), (True, {"beta_adv": 0.0})]
-VARIANTS += [(True, {"muon": 0.0, "halves": False}), (True, {"shard": True, "muon": 0.0, "clip_ci": 1e-3})]
+VARIANTS += [
+    (True, {"adv_scope": "sequence", "adv_fresh": 0.5}),
+    (True, {"muon": 0.0, "halves": False}),
+    (True, {"shard": True, "muon": 0.0, "clip_ci": 1e-3}),
+]
 
 
 class Deal:

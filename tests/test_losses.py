@@ -412,8 +412,10 @@ def test_ascent_is_torchs_adam_uphill_and_a_clamp():
     "positions, scope, shape",
     [
         ((4, 5), "position", (2, 4, 5, 6)),
+        ((4, 5), "sequence", (2, 4, 1, 6)),
         ((4, 5), "batch", (2, 1, 1, 6)),
         ((4,), "position", (2, 4, 6)),
+        ((4,), "sequence", (2, 4, 6)),
         ((4,), "batch", (2, 1, 6)),
     ],
 )
@@ -432,10 +434,11 @@ def test_gradient_by_hand(one_by_one):
     close(grad_r, torch.tensor([[[-9.0, -18.0]]]))
 
 
-@pytest.mark.parametrize("scope", ["position", "batch"])
-def test_ascent_raises_the_loss_within_bounds_and_moves_nothing_else(decomposition, gpt, tokens, scope):
+@pytest.mark.parametrize("fresh", [0.0, 0.1])
+@pytest.mark.parametrize("scope", ["position", "sequence", "batch"])
+def test_ascent_raises_the_loss_within_bounds_and_moves_nothing_else(decomposition, gpt, tokens, scope, fresh):
     g = rand(3, 8, 52, seed=1).requires_grad_()
-    adversary = Adversary((3, 8), 64, generator(), scope=scope)
+    adversary = Adversary((3, 8), 64, generator(), scope=scope, fresh=fresh)
 
     def loss(r):
         return losses.reconstruction(decomposition, tokens, gpt(tokens), g, r)
@@ -446,6 +449,23 @@ def test_ascent_raises_the_loss_within_bounds_and_moves_nothing_else(decompositi
         assert adversary.r.min() >= 0 and adversary.r.max() <= 1
     assert loss(adversary.r).item() > 1.2 * start
     assert all(p.grad is None for p in (*decomposition.subcomponents(), g, adversary.r))
+
+
+def test_fresh_sources_are_drawn_anew_each_step_and_take_sign_steps():
+    of_all, fresh = generator(7), Adversary((4, 5), 6, generator(7), fresh=0.75)
+    drawn = losses.sample_sources((1, 4, 5, 6), of_all)
+    assert torch.equal(fresh.r, drawn)
+    for _ in range(2):
+        fresh.begin_step()
+        drawn = losses.sample_sources((1, 4, 5, 6), of_all)
+        assert torch.equal(fresh.r, drawn)
+        grad_r = torch.randn(drawn.shape, generator=generator(1))
+        fresh.ascend(grad_r, 0.1)  # whose rate is of no effect
+        close(fresh.r, (drawn + 0.75 * grad_r.sign()).clamp(0, 1))
+    persistent = Adversary((4, 5), 6, generator(7))
+    before = persistent.r.clone()
+    persistent.begin_step()
+    assert torch.equal(persistent.r, before)
 
 
 def test_adversary_goes_on_from_its_saved_state():
