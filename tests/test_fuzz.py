@@ -20,6 +20,7 @@ import studies.components
 import studies.report
 import studies.rules
 import studies.sharing
+import studies.terms
 import toys.__main__
 import train_target
 from cost import Cost
@@ -50,6 +51,7 @@ USUAL = {
     cluster: ["fuzzed", "--tokens=64", "--restarts=1"],
     studies.report: ["fuzzed", "--tokens=64", "--val_prompts=1", "--examples=2"],
     studies.components: ["fuzzed", "--windows=1"],
+    studies.terms: ["fuzzed", "--windows=2"],
     studies.sharing: ["fuzzed", "--windows=2", "--steps=1", "--more=2", "--starts=1"],
     studies.rules: ["fuzzed", "--tokens=64", "--shuffles=19"],
     toys.__main__: ["tms_5-2", "--steps=2", "--restarts=1", "--faith_steps=1"],
