@@ -1,8 +1,8 @@
 """What the target can do, found by rule in its own validation text: nothing is picked by hand.
 
-  A. Groups      (current token -> predicted token) that it gets right, told apart as contextual or bigram
-  B. Screens     induction on repeated random tokens; which closing bracket, by the opening one
-  C. Prompts     occurrences of a group in other text, cut at the prediction
+A. Groups      (current token -> predicted token) that it gets right, told apart as contextual or bigram
+B. Screens     induction on repeated random tokens; which closing bracket, by the opening one
+C. Prompts     occurrences of a group in other text, cut at the prediction
 """
 
 from collections import defaultdict

@@ -15,10 +15,8 @@ eval.py: mean g above ALIVE on its windows. All else about them is counted by st
 Left out: labelling by a language model; subcomponents that are not live.
 """
 
-import base64
 import csv
 import difflib
-import gzip
 import io
 import json
 import time
@@ -40,6 +38,7 @@ from losses import BETAS, mask
 from run import run_script, write_text
 from studies import harvest
 from studies.harvest import Examples, Harvest, evaluated_importances, live_columns, names_of, short
+from studies.page import filled, visible
 
 MOST_EXAMPLES = 120_000  # in a report, of all subcomponents together: what keeps it under 30 MB
 PROMPT_TOKENS = 64  # of a prompt taken from the validation text, at most
@@ -195,47 +194,9 @@ def records(names: list[str], by_hand: dict[str, dict], page: dict, arrays: dict
 # C. The page
 
 
-def visible(token: bytes) -> str:
-    """A token as text in which every character can be seen, but for the space.
-
-    ⏎ for a line break, ␀ for a null byte, ⟨200B⟩ for a space without width, \\xe2 for a byte that is no character.
-    """
-    text = token.decode("utf-8", "backslashreplace").replace("\n", "⏎").replace("\t", "⇥").replace("\x7f", "␡")
-    return "".join(c if c.isprintable() else chr(0x2400 + ord(c)) if c < " " else f"⟨{ord(c):04X}⟩" for c in text)
-
-
-def smallest(x: np.ndarray) -> np.ndarray:
-    """Whole numbers in the smallest type that holds them.
-
-    Others in float32 of three to four significant digits, which gzip packs to half the size: the last 12 bits are 0.
-    """
-    if x.dtype.kind in "iu":
-        low, high = (int(x.min()), int(x.max())) if x.size else (0, 0)
-        return x.astype(np.min_scalar_type(min(low, -high - 1) if low < 0 else high))
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + np.uint32(1 << 11)) & np.uint32(0xFFFFF000)).view(np.float32)
-
-
 def steps_of_g(g: np.ndarray) -> np.ndarray:
     """g in steps of 1/OUT_OF, rounded up, so that only 0 is 0."""
     return np.ceil(g * OUT_OF).astype(int)
-
-
-def pack(page: dict, arrays: dict[str, np.ndarray]) -> str:
-    """Base64 of gzip of: the length of the JSON (8 bytes, little-endian), the JSON, the arrays at multiples of 8 bytes.
-
-    The JSON is `page` and `arrays`: {name: [dtype, first byte, numbers]}. No letter of base64 means anything in HTML.
-    """
-    blobs, directory, at = [], {}, 0
-    for name, array in arrays.items():
-        array = smallest(array)
-        directory[name] = [array.dtype.name, at, array.size]
-        blobs.append(array.tobytes() + bytes(-array.nbytes % 8))
-        at += len(blobs[-1])
-    text = json.dumps(page | {"arrays": directory}, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    text += b" " * (-len(text) % 8)
-    packed = gzip.compress(b"".join([len(text).to_bytes(8, "little"), text, *blobs]), 6, mtime=0)
-    return base64.b64encode(packed).decode()
 
 
 def beside(run: Run, name: str, read: Callable[[], Any]) -> Any:
@@ -378,11 +339,10 @@ def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
         "labels": {str(c): by_hand[name]["label"] for c, name in enumerate(names) if "label" in by_hand.get(name, {})},
     }  # fmt: skip
     rows = records(names, by_hand, page, arrays, h)
-    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     lose_nothing(folder, by_hand)  # somebody may have written since
     path, labels = folder / "report.html", folder / "labels.jsonl"
-    write_text(path, template.replace("{{data}}", pack(page, arrays)))
+    write_text(path, filled("report.html", page, arrays))
     write_text(labels, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     size, seconds = f"{path.stat().st_size / 1e6:.1f} MB", f"{time.time() - began:.0f} s"
     print(f"report: {len(live):,} live subcomponents over {h.N:,} tokens, {size}, {seconds}")

@@ -28,6 +28,7 @@ from flags import UserError
 from model import GPT, Decomposition, GPTConfig, rms_norm
 from run import run_script
 from studies import harvest, report
+from studies.page import smallest, visible
 
 T, WINDOWS, K = 8, 150, 12  # several batches; examples of each kind
 C = harvest.CONTEXT
@@ -379,18 +380,18 @@ def test_the_live_ones_are_those_of_the_evaluation(case, whole, monkeypatch):
 
 
 def test_tokens_that_are_no_text():
-    assert report.visible(b"\xe2\x80") == "\\xe2\\x80" and report.visible(b"a\tb\x00\x7f\r") == "a⇥b␀␡␍"
-    assert report.visible("é שלום 😀 \xa0".encode()) == "é שלום 😀 ⟨00A0⟩"
+    assert visible(b"\xe2\x80") == "\\xe2\\x80" and visible(b"a\tb\x00\x7f\r") == "a⇥b␀␡␍"
+    assert visible("é שלום 😀 \xa0".encode()) == "é שלום 😀 ⟨00A0⟩"
 
 
 def test_numbers_are_packed_in_the_smallest_type_that_holds_them():
     for values, dtype in (([], "uint8"), ([0, 255], "uint8"), ([256], "uint16"), ([2**16], "uint32"), ([-1], "int8")):
-        assert report.smallest(np.array(values, int)).dtype == dtype
+        assert smallest(np.array(values, int)).dtype == dtype
     for values, dtype in (([-1, 127], "int8"), ([-1, 128], "int16"), ([-1, 70_000], "int32")):
-        packed = report.smallest(np.array(values))
+        packed = smallest(np.array(values))
         assert packed.dtype == dtype and packed.tolist() == values
     x = np.array([1 / 3, -2e5, 0, 1e-9])
-    assert report.smallest(x).dtype == "float32" and np.allclose(report.smallest(x), x, rtol=2.0**-12, atol=0)
+    assert smallest(x).dtype == "float32" and np.allclose(smallest(x), x, rtol=2.0**-12, atol=0)
 
 
 def test_labels_go_out_and_come_back(case, reported, tmp_path):
@@ -822,7 +823,7 @@ def test_the_table_of_the_evaluation_is_shown(browser, whole):
 
 def test_unpleasant_tokens_are_shown_letter_by_letter(reader):
     page, names = reader
-    shown, seen = {report.visible(token.encode()) for token in NASTY}, set()
+    shown, seen = {visible(token.encode()) for token in NASTY}, set()
     for name in names[:12]:
         page.go(name)
         tokens = page.js("[...document.querySelectorAll('.text span')].map(span => span.textContent)")
