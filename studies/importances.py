@@ -61,17 +61,18 @@ def kl_at_end(decomposition: Decomposition, target_hidden: Tensor) -> Loss:
 
 
 def ascend(
-    decomposition: Decomposition, x: Tensor, loss: Loss, g: Tensor, alive: Tensor, r: Tensor, n_steps: int, size: float
-) -> tuple[Tensor, Tensor]:
+    decomposition: Decomposition, x: Tensor, loss: Loss, g: Tensor, alive: Tensor, r: Tensor, n_steps: int, size: float,
+    last: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """n_steps of sign ascent on the sources r [R, T, C + L] of what is alive, [R, T, C]; the others stay.
 
         r <- clamp(r + size sign(dL / dr), 0, 1)
 
-    Also the loss before every step and after the last, [n_steps + 1, R].
+    Also the loss before every step and, with `last`, after the last one, [n_steps + 1, R].
     """
     g, met = g.detach(), []
     attacked = F.pad(alive, (0, r.shape[-1] - alive.shape[-1]))
-    for step in range(n_steps + 1):
+    for step in range(n_steps + last):
         r.requires_grad_(step < n_steps)
         with torch.set_grad_enabled(step < n_steps):
             values = loss(decomposition(x, mask(g, r), frozen=True))
@@ -115,7 +116,7 @@ def post_hoc(
             ms = [mask(g, sample_sources(sources, generator).to(z))]
             if variant == "adversarial":
                 start = sample_sources(sources, generator).to(z).expand(R, *sources).clone()
-                ms.append(mask(g, ascend(decomposition, x, loss, g, alive, start, n_adv, adv_lr)[0]))
+                ms.append(mask(g, ascend(decomposition, x, loss, g, alive, start, n_adv, adv_lr, last=False)[0]))
             hidden = decomposition(x.repeat(len(ms), 1), torch.cat(ms), frozen=True)
             reconstruction = 0.5 * loss(hidden).sum()
         sparse = (coefficient[row] * (upper_leaky(phi) + FLOOR) ** p).sum() / T

@@ -224,6 +224,27 @@ def read_rules(run: Run) -> dict:
         raise UserError(f"{path} is not a whole rules.json of studies.rules ({type(error).__name__})") from error
 
 
+def read_attributions(run: Run, names: list[str]) -> tuple[int, dict[str, np.ndarray]]:
+    """What the page says of attributions.json: over how many windows; places among `names` and values, [n, TOP]."""
+    path, sides = run.folder / "attributions.json", ("driven_by", "drives")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        evaluation.check_mark(path, found, run.mark, "-m studies.circuits")
+        at, shape = {name: c for c, name in enumerate(names)}, (len(names), harvest.TOP)
+        arrays = {side: np.full(shape, -1) for side in sides} | {f"{side}_value": np.zeros(shape) for side in sides}
+        for c, name in enumerate(names):
+            for side in sides:
+                for j, (other, value) in enumerate(found["subcomponents"][name][side][: harvest.TOP]):
+                    arrays[side][c, j], arrays[f"{side}_value"][c, j] = at[other], float(value)
+        return found["windows"], arrays
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a whole attributions.json of studies.circuits ({type(error).__name__})"
+        ) from error
+
+
 def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, dict]:
     """What the page says of the whole run: matrices, the table of eval.py, losses, clusters."""
     C, c = run.decomposition.C, run.config
@@ -326,6 +347,9 @@ def report(run: Run, corpus: data.Corpus, config: Config) -> Path:
     lose_nothing(folder, by_hand)  # before the minutes that the rest may take
     prompts = read_prompts(run, corpus, config.prompt, config.val_prompts, config.seed)
     page, arrays = of_the_run(run, mean_g, l0)
+    page["attributed"] = 0  # windows of text
+    if found := beside(run, "attributions.json", lambda: read_attributions(run, names)):
+        page["attributed"], arrays = found[0], arrays | found[1]
 
     k = min(config.examples, max(1, MOST_EXAMPLES // (2 * len(live))))
     h = harvest.harvest(run, corpus, live, config.tokens, k, config.seed)

@@ -16,6 +16,7 @@ import decompose
 import eval as evaluation
 import flags
 import run
+import studies.circuits
 import studies.components
 import studies.report
 import studies.rules
@@ -53,6 +54,7 @@ USUAL = {
     studies.components: ["fuzzed", "--windows=1"],
     studies.terms: ["fuzzed", "--windows=2"],
     studies.sharing: ["fuzzed", "--windows=2", "--steps=1", "--more=2", "--starts=1"],
+    studies.circuits: ["fuzzed", "--prompt=import", "--steps=1", "--coefficients=1"],
     studies.rules: ["fuzzed", "--tokens=64", "--shuffles=19"],
     toys.__main__: ["tms_5-2", "--steps=2", "--restarts=1", "--faith_steps=1"],
     bench.step: ["--steps=1", "--scale=0.1", "--B=1", "--T=4", "--compile=False", "--naive=False"],

@@ -13,6 +13,7 @@ import cluster
 import decompose
 import eval as evaluation
 import flags
+import studies.circuits
 import studies.components
 import studies.report
 import studies.rules
@@ -24,7 +25,7 @@ from flags import UserError
 
 SCRIPTS = (
     train_target, decompose, evaluation, cluster, studies.report, studies.components, toys.__main__, bench.plan,
-    bench.report, bench.step, bench.frontier, studies.rules, studies.sharing, studies.terms,
+    bench.report, bench.step, bench.frontier, studies.rules, studies.sharing, studies.terms, studies.circuits,
 )  # fmt: skip
 SENSELESS = (float("nan"), float("inf"), -float("inf"), -1, 2**64)
 FINE = {("gamma", float("inf")), ("gamma", 2**64), ("ci_bias", -1)}  # greedy merging; any number that is not huge
@@ -36,6 +37,7 @@ TEXTS = {  # numbers in text
     "alpha": ("", "nan", "-1", "1e400", "inf", "10,", "1,nan"),
     "live": ("", "nan", "-1", "1e400", "0", "1000,", "9" * 12),
     "factors": ("", "nan", "-1", "0", "1e400", "1,", "1,1"),
+    "coefficients": ("", "nan", "-1", "0", "1e400", "1,", "1,1"),
     "seeds": ("", "nan", "-1", "2.5", "0,", "1,1", str(2**64)),
     "C": ("", "nan", "-1", "*=nan", "*=1e400", "*="),
 }
