@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import checkpoints
 import data
-import run as runs
 import train_target
 from eval import Run
+from flags import UserError
 from model import GPT, Decomposition
-from run import UserError
+from run import claims, new_folder, write_config
 from studies.harvest import live_columns, names_of, short
 
 AROUND = 20  # tokens on each side of a firing one that count as around it
@@ -319,12 +320,12 @@ def save_target(folder: str | Path, run: Run, weights: Mapping[str, Tensor]) -> 
     """
     folder = Path(folder)
     refuse_existing(folder)
-    with runs.claims():
-        runs.new_folder(str(folder))
+    with claims():
+        new_folder(str(folder))
         checkpoint = run.checkpoint["target"]
         new = {f"{name}.weight": W.detach().cpu().clone() for name, W in weights.items()}
-        runs.write_config(folder, runs.settings(train_target.Config, checkpoint["config"]), run.device)
-        runs.save(folder / "checkpoint.pt", "target", {**checkpoint, "model": {**checkpoint["model"], **new}})
+        write_config(folder, checkpoints.settings(train_target.Config, checkpoint["config"]), run.device)
+        checkpoints.save(folder / "checkpoint.pt", "target", {**checkpoint, "model": {**checkpoint["model"], **new}})
     return folder
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import data
-import run as runs
+from checkpoints import load_checkpoint
 from eval import open_run
+from flags import UserError
 from model import rms_norm
-from run import UserError
+from run import is_run_folder
 from studies import weights
 from studies.harvest import evaluated_importances, live_columns, names_of
 from studies.weights import Push, bootstrap, costs, edited_target, rank_one, regions, removed, resampled, rewritten
@@ -321,10 +322,10 @@ def test_a_saved_target_is_a_target(opened, tmp_path):
     run, corpus = opened
     new = rewritten(run.decomposition, {PIECES[0]: 3.0})
     folder = weights.save_target(tmp_path / "edited", run, new)
-    checkpoint = runs.load_checkpoint(folder / "checkpoint.pt", "target")
+    checkpoint = load_checkpoint(folder / "checkpoint.pt", "target")
     x = corpus.batch("val", 0, 2, 16)
     assert torch.equal(build_target(checkpoint)(x[:, :-1]), edited_target(run.decomposition.target, new)(x[:, :-1]))
-    assert runs.is_run_folder(folder) and not list(folder.glob("*.lock"))
+    assert is_run_folder(folder) and not list(folder.glob("*.lock"))
     before = (folder / "checkpoint.pt").read_bytes()
     with pytest.raises(UserError, match="exists already"):
         weights.save_target(folder, run, {})
