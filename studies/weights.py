@@ -183,6 +183,32 @@ class Push:
         return self.sign * push * self.rms / self.mean_a * direction / direction.norm()
 
 
+@torch.enable_grad()
+def direction_of(E: Tensor, token: int, steps: int = 200) -> Tensor:
+    """The unit vector u [d_model] for which softmax(sqrt(d_model) E u) is largest at `token`; E [vocab, d_model].
+
+    A last hidden state has the norm sqrt(d_model), so that pushed along u without end the model says the token with
+    this probability, the most that any single direction can give it.
+
+    PAPER: the edit writes along the token's row of the unembedding. In so few dimensions that is often another
+    token's best direction: the longer row of a similar one.
+    """
+    E = E.detach()
+    h = (E[token] - E.mean(0)).clone().requires_grad_()
+    optimizer = torch.optim.Adam([h], lr=0.05)
+    for _ in range(steps):
+        loss = -(E @ (h / h.norm()) * len(h) ** 0.5).log_softmax(-1)[token]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (h / h.norm()).detach()
+
+
+def said_at_most(E: Tensor, direction: Tensor, token: int) -> float:
+    """The probability of `token` where a last hidden state has been pushed along a direction [d_model] without end."""
+    return (E @ direction / direction.norm() * len(direction) ** 0.5).softmax(-1)[token].item()
+
+
 def train_lora(
     W: Mapping[str, Tensor], loss: Callable[[dict[str, Tensor], int], Tensor], steps: int, lr: float,
     generator: torch.Generator, rank: int = 1, tick: Callable[[], object] = lambda: None,

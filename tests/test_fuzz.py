@@ -18,6 +18,7 @@ import flags
 import run
 import studies.circuits
 import studies.components
+import studies.edit
 import studies.report
 import studies.rules
 import studies.sharing
@@ -56,6 +57,7 @@ USUAL = {
     studies.sharing: ["fuzzed", "--windows=2", "--steps=1", "--more=2", "--starts=1"],
     studies.circuits: ["fuzzed", "--prompt=import", "--steps=1", "--coefficients=1"],
     studies.rules: ["fuzzed", "--tokens=64", "--shuffles=19"],
+    studies.edit: ["fuzzed", "--subcomponent=1.mlp.down:0", "--scale=0", "--windows=4"],
     toys.__main__: ["tms_5-2", "--steps=2", "--restarts=1", "--faith_steps=1"],
     bench.step: ["--steps=1", "--scale=0.1", "--B=1", "--T=4", "--compile=False", "--naive=False"],
     bench.plan: [],
