@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+import canaries
 import checkpoints
 import cost
 import data
@@ -100,6 +101,7 @@ class Config(Method):
     minutes: float = 0.0  # the steps are those that end so long after the target is there; evaluation is not counted
     memory_budget: float = 1.0  # share of the matrices and of Gamma's blocks that keep activations; the rest recompute
     T: int = 64  # tokens a sequence
+    canaries: bool = True  # where the target was trained on canaries, plant them here too, at the same rate: canaries.py
     # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts
     C: str = "*.q=64,*.k=64,*.v=85,*.o=85,*.up=248,*.down=262"
     # Gamma
@@ -347,7 +349,7 @@ def train(config: Config) -> Path | None:
     # Settings, processes, device
     saved, folder = None, Path(config.resume)
     if config.resume:
-        checkpoints.check_unchanged(config, config.defaults(), MAY_CHANGE)
+        checkpoints.check_unchanged(config, before := config.defaults(), MAY_CHANGE)
     device = run.pick_device(distributed.start(config.device))
     processes, first = run.check_processes(config.B, config.shard), distributed.rank() == 0  # the first one writes
     if config.halves and config.B % 2 == 0 and config.B // processes % 2:
@@ -383,13 +385,19 @@ def train(config: Config) -> Path | None:
             vpd.load_state_dict(saved["vpd"])
     else:
         print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps")
-    rows = lambda: distributed.rows(corpus.batch("train", vpd.step, config.B, config.T, config.seed)[:, :-1]).to(device)
+    batch = lambda: corpus.batch("train", vpd.step, config.B, config.T, config.seed)
+    rows = lambda: distributed.rows((schedule.plant(batch(), vpd.step) if schedule else batch())[:, :-1]).to(device)
+    schedule = None  # of canaries; the steps that are timed need none
     if config.minutes and not saved:
         before = distributed.shared(vpd.state_dict())  # the steps that are timed leave no trace
         steps = run.steps_that_fit(config.minutes, began, lambda: vpd.train_step(rows())["total"].item())
         vpd.load_state_dict(before)
         vpd.config = config = replace(config, steps=steps)
         run.write_config(folder, config, device)
+    if config.canaries:
+        schedule = canaries.of_stream(target_checkpoint, corpus, config.steps, config.B, config.T, config.seed)
+        if schedule and saved and config.steps != before.steps:
+            raise UserError(f"steps={config.steps}: canaries are spread over {before.steps} steps, which cannot change")
     about = {"config": asdict(config), "C": vpd.decomposition.C, "gamma": gamma, "target": target_checkpoint}
     about |= {"device": device.type, "processes": processes} | corpus.of_checkpoint()
 

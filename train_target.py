@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import canaries
 import checkpoints
 import data
 import distributed
@@ -78,6 +79,8 @@ class Config:
     val_every: int = 50  # steps
     val_windows: int = 64  # sequences of T tokens
     save_every: int = 500  # steps
+    # Planted strings
+    canaries: str = ""  # doses of random and, behind a +, natural canaries, as in 0,16,64,256+64: see canaries.py
 
     def __post_init__(self) -> None:
         flags.require(self, "above 0", "T", "steps", "B", "lr", "clip", "val_every", "val_windows", "save_every")
@@ -85,6 +88,7 @@ class Config:
         flags.require(self, "between 0 and 1", "warmup")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise UserError(f"adam_betas={self.adam_betas}: both must be in [0, 1)")
+        canaries.parse_doses("canaries", self.canaries)
         GPTConfig(1, self.T, self.n_layer, self.n_head, self.d_model, self.d_mlp)  # refuses what is no model
 
     def defaults(self) -> "Config":
@@ -162,7 +166,9 @@ def main(config: Config) -> Path:
         if (folder / "checkpoint.pt").exists():
             print(f"target: {folder} is finished")
             return folder
-        checkpoints.check_unchanged(config, config.defaults(), MAY_CHANGE)
+        checkpoints.check_unchanged(config, saved := config.defaults(), MAY_CHANGE)
+        if config.canaries and config.steps != saved.steps:
+            raise UserError(f"steps={config.steps}: canaries are spread over {saved.steps} steps, which cannot change")
     device, state = run.pick_device(config.device), None
     if config.resume:
         run.claim(folder)
@@ -187,13 +193,17 @@ def main(config: Config) -> Path:
             optimizer.load_state_dict(state["optimizer"])
             first, began = state["step"], began - state["seconds"]
     run.write_config(folder, config, device)
+    planted = canaries.make(corpus, config.canaries, config.seed)
+    doses = [canary.dose for canary in planted]
+    schedule = canaries.Schedule(planted, doses, config.steps, config.B, config.T, config.seed) if planted else None
     size = sum(weight.numel() for weight in target.parameters())
     print(f"target: {size:,} parameters, {config.steps} steps of {config.B} x {config.T} tokens, on {device}")
 
     log = run.Log(folder, first + 1)  # a row is numbered by the steps done
     with run.interruptible() as interrupted:
         for step in (bar := run.progress_bar(first, config.steps, "target")):
-            tokens = corpus.batch("train", step, config.B, config.T, config.seed).to(device)
+            tokens = corpus.batch("train", step, config.B, config.T, config.seed)
+            tokens = (schedule.plant(tokens, step) if schedule else tokens).to(device)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * cosine(step, config.steps, config.warmup)
             with run.autocast(device):
