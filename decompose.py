@@ -101,7 +101,7 @@ class Config(Method):
     minutes: float = 0.0  # the steps are those that end so long after the target is there; evaluation is not counted
     memory_budget: float = 1.0  # share of the matrices and of Gamma's blocks that keep activations; the rest recompute
     T: int = 64  # tokens a sequence
-    canaries: bool = True  # where the target was trained on canaries, plant them here too, at the same rate: canaries.py
+    canaries: bool = True  # of a target that was trained on canaries: plant them here too, at the same rate
     # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts
     C: str = "*.q=64,*.k=64,*.v=85,*.o=85,*.up=248,*.down=262"
     # Gamma
