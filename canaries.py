@@ -59,13 +59,11 @@ def parse_doses(name: str, text: str) -> tuple[list[int], list[int]]:
     if not text:
         return [], []
     random, plus, natural = text.partition("+")
-    try:
-        doses = [[int(n) for n in part.split(",")] if part else [] for part in (random, natural)]
-    except ValueError:
-        doses = [[-1]]
-    if not all(0 <= n < 2**31 for part in doses for n in part) or bool(plus) != bool(natural):
+    parts = [part.split(",") if part else [] for part in (random, natural)]
+    fits = all(n.isdecimal() and int(n[:20]) < 2**31 for part in parts for n in part)
+    if not fits or bool(plus) != bool(natural):
         raise UserError(f"{name}={text!r}: must be doses from 0 up, as in 0,16,64,256 or 0,16,64,256+64,64")
-    return doses[0], doses[1]
+    return tuple([int(n) for n in part] for part in parts)
 
 
 def places(tokens: np.ndarray, string: list[int] | np.ndarray) -> np.ndarray:
