@@ -142,7 +142,12 @@ def of_run(folder: str | Path, saved: dict, data_dir: str = "") -> Corpus:
     config, made = saved["config"], Path(saved["tokens_folder"])
     homes = [Path(data_dir or config["data_dir"]) / made.name, *([] if data_dir else [made])]
     corpora = [open_tokens(home) for home in homes if tokenise.is_whole(home)]
-    corpora = corpora or [load(config["dataset"], data_dir or config["data_dir"], config["max_tokens"])]
+    if not corpora:
+        try:
+            corpora = [load(config["dataset"], data_dir or config["data_dir"], config["max_tokens"])]
+        except UserError as error:
+            remedy = f"put {made.name}, its folder of token files, into the folder --data_dir"
+            raise UserError(f"{folder}: its text is not here: {error}; or {remedy}") from error
     for corpus in corpora:
         if corpus.digest == saved["tokens"]:
             return corpus

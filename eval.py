@@ -32,6 +32,7 @@ import cost
 import data
 import flags
 import run
+import share
 from ci_fn import CITransformer, lower_leaky
 from flags import UserError
 from losses import BETAS, HiddenKL, faithfulness, kl_divergence, mask, reconstruction, sample_sources
@@ -151,15 +152,16 @@ class Run:
 
 
 def load_run(folder: str | Path, device: torch.device) -> Run:
-    """A run folder of decompose.py. UserError if it is not there, broken or foreign."""
-    path = Path(folder) / "checkpoint.pt"
-    checkpoint = checkpoints.load_checkpoint(path, "decomposition")
+    """A run folder, or an export (share.py), in a folder or at hf:<id>. UserError if it is not there or not whole."""
+    folder = share.located(folder)
+    path = folder / (share.CONFIG if share.is_export(folder) else "checkpoint.pt")
+    checkpoint = share.read(folder) if share.is_export(folder) else checkpoints.load_checkpoint(path, "decomposition")
     with checkpoints.built_from(path):
         decomposition = Decomposition(build_target(checkpoint["target"]), checkpoint["C"], ends_in="hidden")
         decomposition.load_subcomponents(checkpoint["decomposition"])
         ci_fn = CITransformer(**checkpoint["gamma"])
         checkpoints.load_into(ci_fn, checkpoint["ci_fn"])
-    return Run(Path(folder), checkpoint["config"], checkpoint, decomposition.to(device), ci_fn.to(device))
+    return Run(folder, checkpoint["config"], checkpoint, decomposition.to(device), ci_fn.to(device))
 
 
 def open_run(folder: str | Path, data_dir: str = "", device: str = "auto") -> tuple[Run, data.Corpus]:
@@ -386,7 +388,7 @@ def check_mark(path: Path, found: dict, mark: str, script: str) -> None:
 
 def read_metrics(folder: str | Path, mark: str = "") -> dict:
     """metrics.json of an evaluated run. UserError if it is not there, not whole or, if a mark is given, of another."""
-    path = Path(folder) / "metrics.json"
+    path = share.located(folder) / "metrics.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist: evaluate that run first")
     try:
@@ -588,7 +590,7 @@ def generations(opened: Run, corpus: data.Corpus, seed: int, n_tokens: int = 64,
 def report(opened: Run, corpus: data.Corpus, config: Config) -> dict:
     """Evaluate a run, print the table, write metrics.json, figures/*.png and generations.txt; returns the metrics."""
     against = {}
-    if config.against and Path(config.against) != opened.folder:
+    if config.against and share.located(config.against) != opened.folder:
         against = {config.against: read_metrics(config.against)}
     metrics, mean_g = evaluate(opened, corpus, config)
     run.write_text(opened.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")

@@ -34,6 +34,11 @@ def match_linears(target: nn.Module, C: Mapping[str, int]) -> dict[str, int]:
     return {name: counts[0] for name, counts in matches.items() if counts}
 
 
+def key_of(name: str) -> str:
+    """A module's name as part of a parameter's, which has no dots: "blocks.0.attn.q" to "blocks/0/attn/q"."""
+    return name.replace("%", "%25").replace("/", "%2F").replace(".", "/")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # B. Answers
 

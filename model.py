@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_into
 from flags import UserError, require
-from linears import LinearsAnswered, match_linears, refuse_unlike, refuse_weights_of
+from linears import LinearsAnswered, key_of, match_linears, refuse_unlike, refuse_weights_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. The target f(x | W)
@@ -173,7 +173,7 @@ class Decomposition(nn.Module):
         self.names, self.L = list(self.C), len(self.C)
         self.layers = [target.get_submodule(name) for name in self.names]
         refuse_weights_of(self.names, self.layers, target)
-        self.keys = {name: name.replace("%", "%25").replace("/", "%2F").replace(".", "/") for name in self.names}
+        self.keys = {name: key_of(name) for name in self.names}
         for name, layer in zip(self.names, self.layers):
             W, n = layer.weight, self.C[name]
             V = nn.Parameter(torch.randn(W.shape[1], n, generator=generator) / W.shape[1] ** 0.5)

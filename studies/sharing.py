@@ -46,6 +46,7 @@ from flags import UserError, require
 from losses import kl_divergence, mask, reconstruction, sample_sources
 from model import Decomposition
 from run import command, pick_device, run_script, write_text
+from share import located
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. The adversary
@@ -298,7 +299,7 @@ def measured(path: Path, wanted: dict) -> dict | None:
 
 def main(config: Config) -> None:
     opened = {}
-    for folder in dict.fromkeys(map(Path, config.runs)):  # all of them, before the minutes that the first may take
+    for folder in dict.fromkeys(map(located, config.runs)):  # all of them, before the minutes that the first may take
         run, corpus = load_run(folder, pick_device(config.device)), None
         if (found := measured(folder / "sharing.json", settings(run, config))) is None:
             run, corpus = open_run(folder, config.data_dir, config.device)

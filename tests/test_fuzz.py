@@ -19,6 +19,7 @@ import run
 import studies.circuits
 import studies.components
 import studies.edit
+import studies.export
 import studies.report
 import studies.rules
 import studies.sharing
@@ -54,6 +55,7 @@ USUAL = {
     studies.report: ["fuzzed", "--tokens=64", "--val_prompts=1", "--examples=2"],
     studies.components: ["fuzzed", "--windows=1"],
     studies.terms: ["fuzzed", "--windows=2"],
+    studies.export: ["fuzzed", "exported"],
     studies.sharing: ["fuzzed", "--windows=2", "--steps=1", "--more=2", "--starts=1"],
     studies.circuits: ["fuzzed", "--prompt=import", "--steps=1", "--coefficients=1"],
     studies.rules: ["fuzzed", "--tokens=64", "--shuffles=19"],

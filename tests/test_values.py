@@ -16,6 +16,7 @@ import flags
 import studies.circuits
 import studies.components
 import studies.edit
+import studies.export
 import studies.report
 import studies.rules
 import studies.sharing
@@ -27,7 +28,7 @@ from flags import UserError
 SCRIPTS = (
     train_target, decompose, evaluation, cluster, studies.report, studies.components, toys.__main__, bench.plan,
     bench.report, bench.step, bench.frontier, studies.rules, studies.sharing, studies.terms, studies.circuits,
-    studies.edit,
+    studies.edit, studies.export,
 )  # fmt: skip
 SENSELESS = (float("nan"), float("inf"), -float("inf"), -1, 2**64)
 FINE = {("gamma", float("inf")), ("gamma", 2**64), ("ci_bias", -1)}  # greedy merging; any number that is not huge
