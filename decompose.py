@@ -35,7 +35,7 @@ import run
 import train_target
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 from flags import UserError, parse_counts, require
-from model import GPT, Decomposition, GPTConfig
+from model import GPT, Decomposition, GPTConfig, each
 from muon import Muon
 from train_target import Scale, cosine
 
@@ -250,11 +250,11 @@ class VPD:
         leaf = g.detach().requires_grad_()  # gathers dL/dg of both reconstructions, so that Gamma has one backward pass
         first = second = [x, target_output, leaf]  # what each reconstruction loss is of
         if self.halves:
-            first, second = ([part[i::2] for part in first] for i in (0, 1))
+            first, second = ([each(lambda rows: rows[i::2], part) for part in first] for i in (0, 1))
         shape, L = (c.S, *second[2].shape[:-1]), self.decomposition.L
 
         if self.adversary:
-            fixed = [part.detach() for part in first]
+            fixed = [first[0], *(part.detach() for part in first[1:])]
             routing = losses.sample_routing(shape, L, self.generator) if c.adv_routing == "subset" else None
 
             def of_r(r: Tensor) -> Tensor:

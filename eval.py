@@ -210,12 +210,12 @@ def adversarial_sources(
     Steps of 2 / n_steps, clamped to [0, 1]: each source can cross its range twice (published: 20 steps of 0.1). Also
     returns the divergence there, and the largest met on the way.
     """
-    g, n, met = batches[0][2], sum(len(x) for x, _, _ in batches), []
+    g, n, met = batches[0][2], sum(len(g) for _, _, g in batches), []
     r = sample_sources((*[1] * g.dim(), g.shape[-1] + decomposition.L), generator)
     for step in range(n_steps + 1):
         r, grad_r, value = r.requires_grad_(), torch.zeros_like(r), 0.0
         for x, target_output, g in batches:
-            loss = reconstruction(decomposition, x, target_output, g, r, None, divergence, frozen=True) * (len(x) / n)
+            loss = reconstruction(decomposition, x, target_output, g, r, None, divergence, frozen=True) * (len(g) / n)
             value += loss.item()
             if step < n_steps:
                 grad_r += torch.autograd.grad(loss, r)[0]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distributed
-from model import Decomposition
+from model import Decomposition, each
 
 EPS = 1e-12  # keeps (g + eps)^p differentiable at g = 0
 # The logged losses and the settings that weigh them, in the order of the published sum
@@ -132,8 +132,8 @@ def reconstruction(
     L_adversarial-recon: the `Adversary`'s r, which stand in for the maximum over r. Gradients to U, V, Gamma and r: the
     same backward pass serves the descent and the last ascent of a step. With `frozen` and a detached g, to r alone.
 
-    x [B, ...]; target_output = f(x | W); g = g_lower [B, T, C]; r [S, B, T, C + L] or broadcastable to it; routing bool
-    [S, B, T, L], None masks every matrix. The S samples go through as one batch.
+    x [B, ...] or a tuple; target_output = f(x | W); g = g_lower [B, T, C]; r [S, B, T, C + L] or broadcastable to it;
+    routing bool [S, B, T, L], None masks every matrix. The S samples go through as one batch.
 
     PAPER: the text masks a random subset of the matrices in both losses; the authors' released configuration masks all
     of them in the adversarial one. Ours does as the latter unless --adv_routing=subset says otherwise.
@@ -141,7 +141,7 @@ def reconstruction(
     S = r.shape[0]
     m = mask(g, r).flatten(0, 1)  # [S * B, T, C + L]
     if S > 1:
-        x, target_output = (a.repeat(S, *[1] * (a.dim() - 1)) for a in (x, target_output))
+        x, target_output = (each(lambda a: a.repeat(S, *[1] * (a.dim() - 1)), a) for a in (x, target_output))
     return divergence(target_output, decomposition(x, m, None if routing is None else routing.flatten(0, 1), frozen))
 
 

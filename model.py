@@ -150,10 +150,15 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args: checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def each(function: Callable[[Tensor], Tensor], x: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """function(x); of the several inputs of a target, which are a tuple, each by itself."""
+    return tuple(map(function, x)) if isinstance(x, tuple) else function(x)
+
+
 class Decomposition(nn.Module):
     """Rank-one subcomponents U_c V_c^T of chosen matrices of `target`, which is frozen and otherwise left alone.
 
-    target: any module that applies `nn.Linear` layers.
+    target: any module that applies `nn.Linear` layers; where x is a tuple, `target(*x)`.
     C: subcomponents per matrix, {glob pattern over module names: count}, the first match counts; an int: for each.
     ends_in: f(x | W) is the target's output, or its last hidden state `target.hidden(x)`, for `losses.HiddenKL`.
     memory_budget: share of the matrices whose masked product keeps its activations for the backward pass.
@@ -193,7 +198,9 @@ class Decomposition(nn.Module):
 
     def f(self, x: Tensor) -> Tensor:
         """f(x | W): the target's output, or its last hidden state, as `ends_in` says."""
-        return self.target.hidden(x) if self.ends_in == "hidden" else self.target(x)
+        if self.ends_in == "hidden":
+            return self.target.hidden(x)
+        return self.target(*x) if isinstance(x, tuple) else self.target(x)
 
     def subcomponents(self) -> list[nn.Parameter]:
         """U and V of every matrix: what descends, without the target's own weights."""
@@ -228,7 +235,7 @@ class Decomposition(nn.Module):
 
     def state_of(self, x: Tensor) -> tuple:
         """What a pass depends on, as far as where a weight goes is concerned: another one is searched anew."""
-        return x.shape, *(id(layer.weight) for layer in self.layers)
+        return each(lambda x: x.shape, x), *(id(layer.weight) for layer in self.layers)
 
     def target_pass(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """f(x | W) and the input of every decomposed matrix, in the order of `names`: ([B, T, out], L x [B, T, d_in]).
