@@ -37,7 +37,8 @@ from torch import Tensor
 
 import data
 from eval import COLOURS, Run, open_run, save_figure, subplots
-from run import UserError, command, progress_bar, require, run_script, write_text, written
+from flags import UserError, require
+from run import command, progress_bar, run_script, write_text, written
 from studies.attribution import ablations, dataset_attributions, edges, influence, strongest, total_gradients
 from studies.behaviours import Prompt, brackets, chosen_groups, groups_of, induction, prompts_of
 from studies.harvest import evaluated_importances, live_columns, names_of, short

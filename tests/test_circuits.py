@@ -20,7 +20,7 @@ import data
 import decompose
 import eval as evaluation
 import tokenise
-from run import UserError
+from flags import UserError
 from studies import behaviours, circuits, report
 from studies.behaviours import (
     Group,
