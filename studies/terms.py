@@ -53,17 +53,17 @@ def importances(run: Run, windows: torch.Tensor) -> np.ndarray:
 
 
 def summary(g: np.ndarray) -> dict[str, float]:
-    """Of g [positions, C]: how many are on at a position, live, bias-like, and the share of L0 that these are.
+    """Of g [positions, C]: how many are on at a position, ever on, bias-like, and the share of L0 that these are.
 
-    `on_live` is the mean over live subcomponents of the share of positions where they are on.
+    `on_where_ever` is the mean, over those that are ever on, of the share of positions where they are.
     """
     frequency = (g > 0).mean(0)
-    live, bias = frequency > 0, frequency > BIAS_LIKE
+    ever, bias = frequency > 0, frequency > BIAS_LIKE
     return {
-        "l0": float(frequency.sum()), "live": int(live.sum()), "bias_like": int(bias.sum()),
-        "bias_like_of_live": float(bias.sum() / max(1, live.sum())),
+        "l0": float(frequency.sum()), "ever_on": int(ever.sum()), "bias_like": int(bias.sum()),
+        "bias_like_of_ever": float(bias.sum() / max(1, ever.sum())),
         "bias_like_of_l0": float(frequency[bias].sum() / max(frequency.sum(), 1e-12)),
-        "on_live": float(frequency[live].mean()) if live.any() else 0.0,
+        "on_where_ever": float(frequency[ever].mean()) if ever.any() else 0.0,
     }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def summary(g: np.ndarray) -> dict[str, float]:
 
 
 def plot_terms(gs: dict[str, np.ndarray], shown: int, path: Path) -> None:
-    """Above: g of each run on `shown` positions, live subcomponents by positions. Beneath: frequencies, sorted."""
+    """Above: g of each run on `shown` positions, those that are on by positions. Beneath: frequencies, sorted."""
     n, positions = len(gs), clustered_order(next(iter(gs.values()))[:shown])
     figure, axes = subplots(2, n, (4 * n, 8.5), squeeze=False, height_ratios=(2, 1))
     grid = axes[1, 0].get_gridspec()
@@ -89,7 +89,11 @@ def plot_terms(gs: dict[str, np.ndarray], shown: int, path: Path) -> None:
         below.plot(np.sort(frequency[frequency > 0])[::-1], label=name)
     figure.colorbar(image, ax=list(axes[0]), label="causal importance g")
     below.axhline(BIAS_LIKE, color="grey", linestyle=":", label="bias-like above")
-    below.set(yscale="log", xlabel="live subcomponents, most frequent first", ylabel="share of positions with g > 0")
+    below.set(
+        yscale="log",
+        xlabel="subcomponents that are ever on, most frequent first",
+        ylabel="share of positions with g > 0",
+    )
     below.legend()
     save_figure(figure, path)
 
@@ -129,11 +133,13 @@ def main(config: Config) -> None:
     about = {"command": command(), "run_mark": run.mark, "positions": n, "bias_like_above": BIAS_LIKE}
     write_text(run.folder / "terms.json", json.dumps(about | {"runs": rows}, indent=2) + "\n")
     plot_terms(gs, min(config.shown, n), run.folder / "figures" / "terms.png")
-    print(f"{'run':<20} {'L0':>6} {'live':>6} {'bias-like':>10} {'of live':>8} {'of L0':>7} {'on, where live':>15}")
+    print(
+        f"{'run':<20} {'L0':>6} {'ever on':>8} {'bias-like':>10} {'of those':>9} {'of L0':>7} {'mean share of positions':>24}"
+    )
     for name, row in rows.items():
         print(
-            f"{name:<20} {row['l0']:>6.1f} {row['live']:>6} {row['bias_like']:>10} {row['bias_like_of_live']:>8.1%} "
-            f"{row['bias_like_of_l0']:>7.1%} {row['on_live']:>15.2%}"
+            f"{name:<20} {row['l0']:>6.1f} {row['ever_on']:>8} {row['bias_like']:>10} {row['bias_like_of_ever']:>9.1%} "
+            f"{row['bias_like_of_l0']:>7.1%} {row['on_where_ever']:>24.2%}"
         )
     print(f"written: {run.folder}/terms.json and figures/terms.png")
 
