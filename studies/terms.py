@@ -133,13 +133,11 @@ def main(config: Config) -> None:
     about = {"command": command(), "run_mark": run.mark, "positions": n, "bias_like_above": BIAS_LIKE}
     write_text(run.folder / "terms.json", json.dumps(about | {"runs": rows}, indent=2) + "\n")
     plot_terms(gs, min(config.shown, n), run.folder / "figures" / "terms.png")
-    print(
-        f"{'run':<20} {'L0':>6} {'ever on':>8} {'bias-like':>10} {'of those':>9} {'of L0':>7} {'mean share of positions':>24}"
-    )
+    print(f"{'run':<20} {'L0':>6} {'ever on':>8} {'bias-like':>10} {'of those':>9} {'of L0':>7} {'mean share':>11}")
     for name, row in rows.items():
         print(
             f"{name:<20} {row['l0']:>6.1f} {row['ever_on']:>8} {row['bias_like']:>10} {row['bias_like_of_ever']:>9.1%} "
-            f"{row['bias_like_of_l0']:>7.1%} {row['on_where_ever']:>24.2%}"
+            f"{row['bias_like_of_l0']:>7.1%} {row['on_where_ever']:>11.2%}"
         )
     print(f"written: {run.folder}/terms.json and figures/terms.png")
 

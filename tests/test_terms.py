@@ -30,7 +30,8 @@ def test_clustered_order_joins_by_mean_cosine():
 def test_summary_by_hand():
     g = np.array([[1.0, 0.0, 0.5, 0.0], [0.2, 0.0, 0.0, 0.0], [0.1, 0.3, 0.0, 0.0], [0.9, 0.0, 0.0, 0.0]])
     assert terms.summary(g) == {
-        "l0": 1.5, "ever_on": 3, "bias_like": 1, "bias_like_of_ever": 1 / 3, "bias_like_of_l0": 1 / 1.5, "on_where_ever": 0.5,
+        "l0": 1.5, "ever_on": 3, "bias_like": 1, "bias_like_of_ever": 1 / 3, "bias_like_of_l0": 1 / 1.5,
+        "on_where_ever": 0.5,
     }  # fmt: skip
     assert terms.summary(np.zeros((4, 2)))["bias_like_of_l0"] == 0
 
