@@ -20,6 +20,7 @@ import studies.circuits
 import studies.components
 import studies.edit
 import studies.export
+import studies.forget
 import studies.report
 import studies.rules
 import studies.sharing
@@ -58,6 +59,7 @@ USUAL = {
     studies.export: ["fuzzed", "exported"],
     studies.sharing: ["fuzzed", "--windows=2", "--steps=1", "--more=2", "--starts=1"],
     studies.circuits: ["fuzzed", "--prompt=import", "--steps=1", "--coefficients=1"],
+    studies.forget: ["fuzzed", "--windows=2", "--secrets=4", "--steps=1", "--posthoc_steps=1"],
     studies.rules: ["fuzzed", "--tokens=64", "--shuffles=19"],
     studies.edit: ["fuzzed", "--subcomponent=1.mlp.down:0", "--scale=0", "--windows=4"],
     toys.__main__: ["tms_5-2", "--steps=2", "--restarts=1", "--faith_steps=1"],

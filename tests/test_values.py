@@ -17,6 +17,7 @@ import studies.circuits
 import studies.components
 import studies.edit
 import studies.export
+import studies.forget
 import studies.report
 import studies.rules
 import studies.sharing
@@ -28,7 +29,7 @@ from flags import UserError
 SCRIPTS = (
     train_target, decompose, evaluation, cluster, studies.report, studies.components, toys.__main__, bench.plan,
     bench.report, bench.step, bench.frontier, studies.rules, studies.sharing, studies.terms, studies.circuits,
-    studies.edit, studies.export,
+    studies.edit, studies.export, studies.forget,
 )  # fmt: skip
 SENSELESS = (float("nan"), float("inf"), -float("inf"), -1, 2**64)
 FINE = {("gamma", float("inf")), ("gamma", 2**64), ("ci_bias", -1)}  # greedy merging; any number that is not huge
@@ -42,6 +43,7 @@ TEXTS = {  # numbers in text
     "factors": ("", "nan", "-1", "0", "1e400", "1,", "1,1"),
     "coefficients": ("", "nan", "-1", "0", "1e400", "1,", "1,1"),
     "seeds": ("", "nan", "-1", "2.5", "0,", "1,1", str(2**64)),
+    "canaries": ("nan", "-1", "1,", "1.5", "1+", "1++2"),
     "C": ("", "nan", "-1", "*=nan", "*=1e400", "*="),
 }
 
