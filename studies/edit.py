@@ -46,9 +46,9 @@ from train_target import generate
 
 LEVELS = (0.25, 0.5, 0.75, 0.9, 0.97)  # probabilities on half A, whose strengths are taken to half B
 AT = (0.5, 0.7, 0.9)  # probabilities on half B, at which methods are compared
-LAMBDAS = (1.0, 10.0, 100.0, 1000.0)  # weights of the KL in LoRA's loss
+LAMBDAS = (1.0, 30.0, 1000.0)  # weights of the KL in LoRA's loss
 LORA_LR = 1e-2  # better than 1e-3 and 3e-3 on half A
-STRENGTHS = torch.logspace(-2, 4, 73)  # of which those for LEVELS are interpolated
+STRENGTHS = torch.logspace(-2, 4, 37)  # of which those for LEVELS are interpolated
 NEAR, RANDOM = 64, 64  # windows of half B that hold a firing position, and any
 DRAWS = 400  # of the bootstrap over windows
 FEWEST, MOST = 100, 0.02  # positions, and share of them, of half A where a piece of the study fires
@@ -302,6 +302,7 @@ class Judge:
     def __init__(self, run: Run, text: Text, i: int, windows: Tensor) -> None:
         self.E, fires = run.unembedding.detach().cpu(), text.fires[windows, :, i]
         self.stream, self.inputs, self.labels = text.stream[windows], text.inputs[windows], text.x[windows, 1:]
+        self.log_p = (rms_norm(self.stream) @ self.E.T).log_softmax(-1)  # [N, T, vocab], of the target
         self.regions = regions(fires)
         self.regions["others"] = ~fires
 
@@ -310,10 +311,11 @@ class Judge:
         change, bias = line.at(strength)
         parts: dict[str, list[Tensor]] = {}
         for s in range(0, len(self.stream), 16):
-            stream, inputs, labels = (of[s : s + 16] for of in (self.stream, self.inputs, self.labels))
-            before = rms_norm(stream) @ self.E.T
-            after = rms_norm(stream + inputs @ change.T + bias) @ self.E.T
-            for what, value in weights.costs(before, after, labels, token).items():
+            stream, inputs, labels, log_p = (
+                of[s : s + 16] for of in (self.stream, self.inputs, self.labels, self.log_p)
+            )
+            log_q = (rms_norm(stream + inputs @ change.T + bias) @ self.E.T).log_softmax(-1)
+            for what, value in weights.costs_of(log_p, log_q, labels, token).items():
                 parts.setdefault(what, []).append(value)
         return {what: torch.cat(of) for what, of in parts.items()}
 
@@ -568,16 +570,16 @@ def chosen_line(judge: Judge, lines: list[Line], strengths: tuple[float | None, 
 
 
 def settings(run: Run, config: Config) -> dict:
-    """What the numbers of study.json follow from."""
-    return {"run_mark": run.mark} | {name: getattr(config, name) for name in ("windows", "pieces", "steps", "seed")}
+    """What the numbers of study.json follow from; of how many pieces they are may change."""
+    return {"run_mark": run.mark} | {name: getattr(config, name) for name in ("windows", "steps", "seed")}
 
 
 def study(run: Run, corpus: data.Corpus, config: Config) -> dict:
     """study.json of a run; written after each piece and token, and gone on with where it was left."""
     path = run.folder / "edit" / "study.json"
     wanted = settings(run, config)
-    found = begun(path, wanted) or wanted | {"command": command(), "seconds": 0.0, "whole": False, "pairs": {}}
-    if found["whole"]:
+    found = begun(path, wanted) or wanted | {"command": command(), "seconds": 0.0, "pieces": 0, "pairs": {}}
+    if found["pieces"] >= config.pieces:
         print(f"{run.folder}: as measured before; to do so again, delete {path}")
         return found
     began, name = time.time() - found["seconds"], run.decomposition.names[-1]
@@ -603,7 +605,7 @@ def study(run: Run, corpus: data.Corpus, config: Config) -> dict:
             found["pairs"][key] = about | measure_pair(run, corpus, A, B, pieces, i, token, config, bar.update)
             found["seconds"] = time.time() - began
             write_text(path, json.dumps(found, indent=1) + "\n")
-    found["whole"] = True
+    found["pieces"] = config.pieces
     write_text(path, json.dumps(found, indent=1) + "\n")
     print(f"{run.folder}: {found['seconds']:.0f} s; written: {path}")
     return found
@@ -613,7 +615,7 @@ def begun(path: Path, wanted: dict) -> dict | None:
     """study.json, if it is there, readable, and of these settings."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        whole = {"whole", "pairs", "seconds"} <= found.keys() and isinstance(found["pairs"], dict)
+        whole = {"pieces", "pairs", "seconds"} <= found.keys() and isinstance(found["pairs"], dict)
         return found if whole and found | wanted == found else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None

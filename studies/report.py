@@ -19,6 +19,7 @@ import csv
 import difflib
 import io
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -258,7 +259,8 @@ def of_the_run(run: Run, mean_g: Tensor, l0: Tensor) -> tuple[dict, dict]:
     betas = {name: c.get(beta, 0.0) for name, beta in BETAS.items()}
     logged = [name for name in ("step", "l0", "p", "total", *betas) if rows and name in rows[0]]
     page = {
-        "run": run.folder.resolve().name, "matrices": matrices, "betas": betas, "alive": ALIVE, "clusters": None,
+        "run": run.folder.resolve().name, "folder": shlex.quote(str(run.folder)), "matrices": matrices, "betas": betas,
+        "alive": ALIVE, "clusters": None,
         "rules": beside(run, "rules.json", lambda: read_rules(run)),
         "metrics": beside(run, "metrics.json", lambda: evaluation.read_metrics(run.folder, run.mark)),
         "log": {name: [float(f"{row[name]:.4g}") for row in rows] for name in logged},

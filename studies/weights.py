@@ -279,11 +279,16 @@ def costs(logits: Tensor, edited: Tensor, labels: Tensor, token: int | None = No
     kl: KL(target || edited), reverse: KL(edited || target), ce: CE of the labels after less before, all in nats.
     p: the probability of `token` after the edit, if one is given.
     """
-    log_p, log_q = logits.float().log_softmax(-1), edited.float().log_softmax(-1)
-    p, q, difference = log_p.exp(), log_q.exp(), log_p - log_q
-    found = {"kl": (p * difference).sum(-1).clamp(min=0), "reverse": -(q * difference).sum(-1).clamp(max=0)}
+    return costs_of(logits.float().log_softmax(-1), edited.float().log_softmax(-1), labels, token)
+
+
+def costs_of(log_p: Tensor, log_q: Tensor, labels: Tensor, token: int | None = None) -> dict[str, Tensor]:
+    """`costs` from log probabilities before and after, [..., vocab]."""
+    difference = log_p - log_q
+    found = {"kl": (log_p.exp() * difference).sum(-1).clamp(min=0)}
+    found["reverse"] = -(log_q.exp() * difference).sum(-1).clamp(max=0)
     found["ce"] = difference.gather(-1, labels[..., None])[..., 0]
-    return found if token is None else found | {"p": q[..., token]}
+    return found if token is None else found | {"p": log_q[..., token].exp()}
 
 
 @torch.no_grad()

@@ -267,7 +267,7 @@ def test_a_study_goes_on_where_it_was_left(home, sharp, easy, capsys, monkeypatc
     edit.main(Config(("edit-a",), **QUICK))
     path = Path("edit-a", "edit", "study.json")
     found = json.loads(path.read_text())
-    assert found["whole"] and len(found["pairs"]) == 2 and found["run_mark"] == open_run("edit-a")[0].mark
+    assert found["pieces"] == 1 and len(found["pairs"]) == 2 and found["run_mark"] == open_run("edit-a")[0].mark
     assert Path("edit-a", "edit", "edit.png").read_bytes()[:4] == b"\x89PNG"
     said = capsys.readouterr().out
     assert all(method in said for method in edit.COLOURS) and "at p = 0.15" in said
@@ -277,7 +277,7 @@ def test_a_study_goes_on_where_it_was_left(home, sharp, easy, capsys, monkeypatc
     cut = home / "edit-b" / "edit" / "study.json"
     cut.parent.mkdir()
     first = dict(list(found["pairs"].items())[:1])
-    cut.write_text(json.dumps(found | {"whole": False, "pairs": first}))
+    cut.write_text(json.dumps(found | {"pieces": 0, "pairs": first}))
     edit.main(Config(("edit-b",), **QUICK))
     assert json.loads(cut.read_text())["pairs"] == found["pairs"]
     monkeypatch.setattr(edit, "measure_pair", None)

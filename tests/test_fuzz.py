@@ -24,6 +24,7 @@ import studies.forget
 import studies.report
 import studies.rules
 import studies.sharing
+import studies.steer
 import studies.terms
 import toys.__main__
 import train_target
@@ -61,6 +62,7 @@ USUAL = {
     studies.circuits: ["fuzzed", "--prompt=import", "--steps=1", "--coefficients=1"],
     studies.forget: ["fuzzed", "--windows=2", "--secrets=4", "--steps=1", "--posthoc_steps=1"],
     studies.rules: ["fuzzed", "--tokens=64", "--shuffles=19"],
+    studies.steer: ["fuzzed", "--windows=4", "--prompts=2"],
     studies.edit: ["fuzzed", "--subcomponent=1.mlp.down:0", "--scale=0", "--windows=4"],
     toys.__main__: ["tms_5-2", "--steps=2", "--restarts=1", "--faith_steps=1"],
     bench.step: ["--steps=1", "--scale=0.1", "--B=1", "--T=4", "--compile=False", "--naive=False"],

@@ -375,6 +375,7 @@ def test_the_live_ones_are_those_of_the_evaluation(case, whole, monkeypatch):
 
     page, _ = unpack(whole / "report.html")
     metrics = json.loads((whole / "metrics.json").read_text())
+    assert page["run"] == page["folder"] == "whole"  # the second for the command that edits a subcomponent
     assert page["metrics"] == metrics and sum(m["live"] for m in page["matrices"]) == metrics["live"]["total"]
     assert sum(m["l0"] for m in page["matrices"]) == pytest.approx(metrics["l0"]["total"])
     assert page["log"]["step"] == list(range(8)) and len(page["log"]["l0"]) == 8 and page["N"] == 64
