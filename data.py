@@ -7,7 +7,7 @@ on first use.
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -48,6 +48,10 @@ class Corpus:
         """What a checkpoint keeps of its text, for `of_run`."""
         return {"tokens": self.digest, "tokens_folder": str(self.folder.absolute()) if self.folder else ""}
 
+    def as_tensors(self) -> dict[str, Tensor]:
+        """All tokens, for a checkpoint to hold: {split: int32 [n]}."""
+        return {split: torch.from_numpy(tokens.astype(np.int32)) for split, tokens in self.tokens.items()}
+
     def batch(self, split: str, step: int, B: int, T: int, seed: int = 0) -> Tensor:
         """B random windows of T + 1 tokens, int64 [B, T + 1]: a function of (seed, split, step) alone.
 
@@ -65,6 +69,50 @@ class Corpus:
             if len(tokens) < T + 1:
                 short = f"{split} has {len(tokens)} tokens, a window needs T + 1 = {T + 1}"
                 raise UserError(f"{self.name}: {short}: give more text or a smaller T")
+
+
+def texts(prompts: str, corpus: Corpus, T: int, saved: dict | None = None) -> list[Corpus]:
+    """The corpus alone; of a targeted run its prompts, from the checkpoint `saved` if there is one, and the corpus."""
+    if not prompts:
+        return [corpus]
+    return [of_prompts(saved, corpus) if saved else read_prompts(prompts, corpus, T), corpus]
+
+
+def batch_of(texts: list[Corpus], step: int, config) -> Tensor:
+    """Rows of the training text of each in turn, int64 [B, T + 1]; of one corpus its `batch`. config: B, T and seed."""
+    parts = [text.batch("train", step, config.B // len(texts), config.T, config.seed) for text in texts]
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def read_prompts(dataset: str, corpus: Corpus, T: int) -> Corpus:
+    """Prompts in the tokens of the corpus, one after the other, an end-of-text token behind each; held in memory.
+
+    Every 20th of the different ones is validation text; where there are fewer, all of them are both. What is shorter
+    than two windows is repeated. UserError for what is no text of this machine.
+    """
+    if corpus.encoding.name == "ids":
+        raise UserError(f"prompts={dataset!r}: {corpus.name} came as token ids, its vocabulary is unknown")
+    if tokenise.hub_set(dataset):
+        raise UserError(f"prompts={dataset!r}: must be a file or a folder of text, not a set of the hub")
+    found = list(tokenise.documents_of(dataset, tokenise.open_rows(dataset)))
+    if not found or not all(isinstance(text, str) for text in found):
+        raise UserError(f"prompts={dataset!r} holds {'token ids, not' if found else 'no'} text")
+    unique = list(dict.fromkeys(found))
+    parts = {"train": [text for i, text in enumerate(unique) if i % 20], "val": unique[::20]}
+    if len(unique) < 20:
+        print(f"prompts: {len(unique)} different ones are too few to hold any out: they are validation text too")
+        parts = {"train": unique, "val": unique}
+    tokens = {}
+    for split, part in parts.items():
+        flat = np.concatenate([np.array(ids, np.int32) for ids in tokenise.encode(corpus.encoding, part)])
+        tokens[split] = np.resize(flat, max(len(flat), 2 * T + 2))  # which repeats
+    return replace(corpus, name=f"prompts-{corpus.name}", tokens=tokens)
+
+
+def of_prompts(saved: dict, corpus: Corpus) -> Corpus:
+    """The prompts that a checkpoint of a targeted run holds."""
+    tokens = {split: saved["prompts"][split].numpy() for split in ("train", "val")}
+    return replace(corpus, name=f"prompts-{corpus.name}", tokens=tokens)
 
 
 def fingerprint(dataset: str, max_tokens: int = 0) -> str:

@@ -3,6 +3,7 @@
     python decompose.py                            # the standard library's source text, under 10 minutes on 2 CPU cores
     python decompose.py --beta_adv=0               # without the adversary: the paper's central claim, in one command
     python decompose.py --resume=out/vpd-stdlib    # go on after Ctrl-C, a crash or a power cut
+    python decompose.py --prompts=mine.jsonl       # only what these prompts need (docs/targeted.md)
     torchrun --standalone --nproc_per_node=2 decompose.py    # two processes, the losses of one; --shard divides Gamma
 
 Trains the target first if there is none. Writes a run folder with config.json, metrics.jsonl (a line a logged step),
@@ -93,6 +94,7 @@ class Config(Method):
     recipe: Literal["", "paper"] = ""  # paper: both losses on every sequence, AdamW for U and V, and their settings
     dataset: str = "stdlib"  # or pile, simplestories, tinystories, hf:<id>[:column], or a file or folder of text
     max_tokens: int = 0  # of the dataset, from its beginning; 0: all of it
+    prompts: str = ""  # a targeted run: file or folder of text that half of each batch is; only what it needs is found
     data_dir: str = "data"  # where token files are kept
     target: str = ""  # run folder of train_target.py; default out/target-<dataset>, trained first if it is not there
     out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
@@ -130,12 +132,14 @@ class Config(Method):
         """What flags are put on top of: the settings of the run to resume, or those of the scale."""
         if self.resume:
             return checkpoints.resumed_settings(Path(self.resume), "decomposition in training", Config)
-        of_scale = train_target.settings_of(SCALES, self.dataset, self.scale)
-        return Config(recipe=self.recipe, **(PAPER if self.recipe else {}) | of_scale)
+        settings = (PAPER if self.recipe else {}) | train_target.settings_of(SCALES, self.dataset, self.scale)
+        return Config(recipe=self.recipe, **settings | (TARGETED if self.prompts else {}))
 
 
 # The paper's recipe at the size of the default run. What differs for a scale goes on top.
 PAPER = dict(muon=0.0, halves=False, B=2, steps=8000, beta_imp=3.3e-3, beta_freq=3.3e-4)
+# Of a targeted run: Delta keeps what the prompts do not need, so that nothing may push it to 0.
+TARGETED = dict(beta_delta=0.0, faith_steps=0, halves=False)
 # What differs from the settings above. `published` is the paper's 4-layer run; `gpu` is the authors' 2-layer
 # configuration, with the published value where that is silent; blocks, heads and MLP of its Gamma are ours.
 PUBLISHED = dict(
@@ -169,22 +173,23 @@ class VPD:
     """The state of a decomposition in training, and one step of it.
 
     decomposition, ci_fn (Gamma): the two things that learn. positions: shape [B, T] of this process's part of a batch.
-    divergence: D of the reconstruction losses. compiled: torch.compile the heavy functions.
+    divergence: D of the reconstruction losses. compiled: torch.compile the heavy functions. targeted: the sequences
+    0, 2, ... are prompts, which the adversary attacks; the others are other text, see losses.pin_Deltas.
     """
 
     def __init__(
         self, decomposition: Decomposition, ci_fn: nn.Module, config: Method, positions: tuple[int, ...],
         device: torch.device, divergence: Callable[[Tensor, Tensor], Tensor] = losses.kl_divergence,
-        compiled: bool = False,
+        compiled: bool = False, targeted: bool = False,
     ) -> None:  # fmt: skip
         self.decomposition, self.ci_fn, self.config, self.device = decomposition, ci_fn, config, device
         self.divergence, self.bf16, self.step = divergence, run.bf16(device), 0
         self.generator = torch.Generator(device).manual_seed(distributed.own_seed(config.seed))
         self.halves = config.halves and positions[0] % 2 == 0 and config.beta_adv > 0 and config.beta_stoch > 0
-        self.adversary = None
+        self.adversary, self.targeted = None, targeted
         if config.beta_adv > 0:
             n_sources = sum(decomposition.C.values()) + decomposition.L
-            attacked = (positions[0] // (1 + self.halves), *positions[1:])
+            attacked = (positions[0] // (1 + (self.halves or targeted)), *positions[1:])
             of_run = dict(S=config.S, scope=config.adv_scope, fresh=config.adv_fresh)
             self.adversary = losses.Adversary(attacked, n_sources, self.generator, **of_run)
         self.learning = [*decomposition.subcomponents(), *ci_fn.parameters()]
@@ -249,13 +254,16 @@ class VPD:
         target_output, g, g_upper = self.importances(x)
         leaf = g.detach().requires_grad_()  # gathers dL/dg of both reconstructions, so that Gamma has one backward pass
         first = second = [x, target_output, leaf]  # what each reconstruction loss is of
-        if self.halves:
+        if self.targeted:
+            first = [each(lambda rows: rows[0::2], part) for part in first]
+        elif self.halves:
             first, second = ([each(lambda rows: rows[i::2], part) for part in first] for i in (0, 1))
         shape, L = (c.S, *second[2].shape[:-1]), self.decomposition.L
 
         if self.adversary:
             fixed = [first[0], *(part.detach() for part in first[1:])]
-            routing = losses.sample_routing(shape, L, self.generator) if c.adv_routing == "subset" else None
+            at = c.S, *first[2].shape[:-1]
+            routing = losses.sample_routing(at, L, self.generator) if c.adv_routing == "subset" else None
 
             def of_r(r: Tensor) -> Tensor:
                 return self.reconstruction(*fixed, r, routing, frozen=True)
@@ -271,6 +279,7 @@ class VPD:
 
         if c.beta_stoch > 0:
             r = losses.sample_sources((*shape, g.shape[-1] + L), self.generator)
+            r = losses.pin_Deltas(r, L) if self.targeted else r
             layerwise = c.stoch_routing == "layerwise"
             sample = losses.sample_layerwise_routing if layerwise else losses.sample_routing
             routing = sample(shape, L, self.generator)
@@ -333,7 +342,7 @@ def build(config: Config, target_checkpoint: dict, device: torch.device, compile
     ci_fn = CITransformer(**gamma, memory_budget=config.memory_budget)
     ci_fn = distributed.shard(ci_fn, ci_fn.units(), device, run.bf16(device)) if config.shard else ci_fn.to(device)
     positions, divergence = (config.B // distributed.world(), config.T), losses.HiddenKL(target.unembedding)
-    return VPD(decomposition, ci_fn, config, positions, device, divergence, compiled), gamma
+    return VPD(decomposition, ci_fn, config, positions, device, divergence, compiled, bool(config.prompts)), gamma
 
 
 def trial(config: Config, gpt: GPTConfig, device: torch.device, compiled: bool = False) -> list[Callable[[], object]]:
@@ -352,6 +361,11 @@ def train(config: Config) -> Path | None:
         checkpoints.check_unchanged(config, before := config.defaults(), MAY_CHANGE)
     device = run.pick_device(distributed.start(config.device))
     processes, first = run.check_processes(config.B, config.shard), distributed.rank() == 0  # the first one writes
+    for name, value in (TARGETED if config.prompts else {}).items():
+        if (found := getattr(config, name)) != value:
+            raise UserError(f"{name}={found} contradicts prompts={config.prompts}: a targeted run has {name}={value}")
+    if config.prompts and config.B // processes % 2:
+        raise UserError(f"B={config.B}: with --prompts a multiple of 2 x {processes} processes")
     if config.halves and config.B % 2 == 0 and config.B // processes % 2:
         raise UserError(f"B={config.B}: must be a multiple of 2 x {processes} processes, or --halves=False")
     if config.resume:
@@ -365,6 +379,7 @@ def train(config: Config) -> Path | None:
         load = lambda: data.load(config.dataset, config.data_dir, config.max_tokens)
         corpus = data.of_run(folder, saved, config.data_dir) if saved else load()
         corpus.refuse_shorter(config.T)
+        texts = data.texts(config.prompts, corpus, config.T, saved)  # of which a batch is drawn, row by row in turn
         if saved:
             checkpoints.check_resumable(config, saved, device)
         elif first and not config.resume:
@@ -385,7 +400,7 @@ def train(config: Config) -> Path | None:
             vpd.load_state_dict(saved["vpd"])
     else:
         print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps")
-    batch = lambda: corpus.batch("train", vpd.step, config.B, config.T, config.seed)
+    batch = lambda: data.batch_of(texts, vpd.step, config)
     rows = lambda: distributed.rows((schedule.plant(batch(), vpd.step) if schedule else batch())[:, :-1]).to(device)
     schedule = None  # of canaries; the steps that are timed need none
     if config.minutes and not saved:
@@ -400,6 +415,7 @@ def train(config: Config) -> Path | None:
             raise UserError(f"steps={config.steps}: canaries are spread over {before.steps} steps, which cannot change")
     about = {"config": asdict(config), "C": vpd.decomposition.C, "gamma": gamma, "target": target_checkpoint}
     about |= {"device": device.type, "processes": processes} | corpus.of_checkpoint()
+    about |= {"prompts": texts[0].as_tensors()} if config.prompts else {}
 
     # The loop
     with run.interruptible() as interrupted, run.Log(folder, vpd.step, config) as log:
@@ -414,7 +430,7 @@ def train(config: Config) -> Path | None:
             if logging:
                 log(row)
             if config.eval_every and (step + 1) % config.eval_every == 0:
-                log({"step": step} | evaluation.short(vpd.decomposition, vpd.ci_fn, corpus, config))
+                log({"step": step} | evaluation.short(vpd.decomposition, vpd.ci_fn, texts[0], config))
             if saving:
                 state = vpd.state_dict()
                 about |= {"step": vpd.step, "seconds": time.time() - began}

@@ -165,11 +165,14 @@ def load_run(folder: str | Path, device: torch.device) -> Run:
 
 
 def open_run(folder: str | Path, data_dir: str = "", device: str = "auto") -> tuple[Run, data.Corpus]:
-    """A run and its text. UserError as in `load_run` and `data.of_run`, or if the text has another vocabulary."""
+    """A run and its text, which for a targeted run is its prompts.
+
+    UserError as in `load_run` and `data.of_run`, or if the text has another vocabulary.
+    """
     opened = load_run(folder, run.pick_device(device))
     corpus = data.of_run(folder, opened.checkpoint, data_dir)
     check_vocabulary(folder, opened.checkpoint["target"], corpus)
-    return opened, corpus
+    return opened, data.of_prompts(opened.checkpoint, corpus) if "prompts" in opened.checkpoint else corpus
 
 
 def validation_windows(corpus: data.Corpus, n: int, T: int, seed: int) -> Tensor:

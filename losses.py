@@ -1,6 +1,6 @@
 """The losses of VPD as plain functions, in the order of the paper, and the adversary.
 
-  A. masks        mask, sample_sources, sample_routing, sample_layerwise_routing
+  A. masks        mask, sample_sources, pin_Deltas, sample_routing, sample_layerwise_routing
   B. divergence   kl_divergence, HiddenKL, mse
   C. five losses  reconstruction (stochastic or adversarial), importance_ and frequency_minimality, faithfulness
   D. Adversary    persistent sources that ascend the reconstruction loss (PPGD)
@@ -42,6 +42,16 @@ def mask(g: Tensor, r: Tensor) -> Tensor:
 def sample_sources(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Sources r ~ U(0, 1), independent everywhere."""
     return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def pin_Deltas(r: Tensor, L: int) -> Tensor:
+    """r [S, B, T, C + L] of a targeted run: the Deltas' are 1 at every other sequence, which is other text.
+
+    There W' = Delta + sum_c U_c m_c V_c^T: what the prompts do not need may stay in Delta, and what they do need must
+    not disturb the rest. At the prompts Delta is ablated like the others (Vigouroux and Sharkey, arXiv 2607.13047).
+    """
+    r[:, 1::2, ..., r.shape[-1] - L :] = 1
+    return r
 
 
 def sample_routing(shape: tuple[int, ...], L: int, generator: torch.Generator) -> Tensor:

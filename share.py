@@ -1,6 +1,7 @@
 """A decomposition to send to somebody: a folder, or a repository of the Hugging Face hub, that opens like a run folder.
 
   decomposition.safetensors   `U.<matrix>` [d_out, C_l], `V.<matrix>` [d_in, C_l], `gamma.<...>`, `target.<...>`
+                              and, of a targeted run, the tokens of its prompts, `prompts.<split>`
   config.json                 the format, the settings, C, what Gamma and the target are built from, the text's digest
   vocab.json                  the vocabulary, as beside token files (tokenise.py)
   README.md, metrics.json     the model card, and the numbers of eval.py
@@ -48,6 +49,7 @@ def write(folder: Path, checkpoint: dict, vocab: str, about: dict) -> None:
         raise UserError(f"{folder}: only a decomposition of a target of train_target.py can be exported")
     tensors = {f"gamma.{name}": value for name, value in checkpoint["ci_fn"].items()}
     tensors |= {f"target.{name}": value for name, value in target["model"].items()}
+    tensors |= {f"prompts.{split}": tokens for split, tokens in checkpoint.get("prompts", {}).items()}
     for name in checkpoint["C"]:
         tensors |= {f"{letter}.{name}": checkpoint["decomposition"][f"{letter}:{key_of(name)}"] for letter in "UV"}
     content = {"format": FORMAT} | {name: checkpoint[name] for name in KEPT}
@@ -77,11 +79,12 @@ def read(folder: Path) -> dict:
     if found != FORMAT:
         raise UserError(f"{folder} has format {found}, not {FORMAT}: it is of a newer version of this code: update it")
     with checkpoints.built_from(folder / CONFIG):
-        of = {part: {} for part in ("gamma", "target", "U", "V")}
+        of = {part: {} for part in ("gamma", "target", "U", "V", "prompts")}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             of[part][rest] = value
         content["target"]["model"], content["ci_fn"], content["decomposition"] = of["target"], of["gamma"], {}
+        content |= {"prompts": of["prompts"]} if of["prompts"] else {}
         for letter in "UV":
             content["decomposition"] |= {f"{letter}:{key_of(name)}": value for name, value in of[letter].items()}
         if vocabulary != content["target"]["vocabulary"]:

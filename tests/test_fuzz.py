@@ -25,6 +25,7 @@ import studies.report
 import studies.rules
 import studies.sharing
 import studies.steer
+import studies.targeted
 import studies.terms
 import toys.__main__
 import train_target
@@ -58,6 +59,7 @@ USUAL = {
     studies.components: ["fuzzed", "--windows=1"],
     studies.terms: ["fuzzed", "--windows=2"],
     studies.export: ["fuzzed", "exported"],
+    studies.targeted: ["fuzzed", "--windows=1"],
     studies.sharing: ["fuzzed", "--windows=2", "--steps=1", "--more=2", "--starts=1"],
     studies.circuits: ["fuzzed", "--prompt=import", "--steps=1", "--coefficients=1"],
     studies.forget: ["fuzzed", "--windows=2", "--secrets=4", "--steps=1", "--posthoc_steps=1"],

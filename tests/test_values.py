@@ -22,6 +22,7 @@ import studies.report
 import studies.rules
 import studies.sharing
 import studies.steer
+import studies.targeted
 import studies.terms
 import toys.__main__
 import train_target
@@ -30,7 +31,7 @@ from flags import UserError
 SCRIPTS = (
     train_target, decompose, evaluation, cluster, studies.report, studies.components, toys.__main__, bench.plan,
     bench.report, bench.step, bench.frontier, studies.rules, studies.sharing, studies.terms, studies.circuits,
-    studies.edit, studies.export, studies.forget, studies.steer,
+    studies.edit, studies.export, studies.forget, studies.steer, studies.targeted,
 )  # fmt: skip
 SENSELESS = (float("nan"), float("inf"), -float("inf"), -1, 2**64)
 FINE = {("gamma", float("inf")), ("gamma", 2**64), ("ci_bias", -1)}  # greedy merging; any number that is not huge
