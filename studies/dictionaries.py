@@ -42,6 +42,7 @@ from losses import mask, sample_sources
 from model import GPT, GPTConfig
 from run import claim, command, keep_freed_memory, run_script, write_text
 from studies.dictionary import (
+    KINDS,
     PLT,
     Settings,
     clean_outputs,
@@ -78,6 +79,7 @@ NEURONS = (8, 16, 32, 64, 128)  # the k largest neurons of an MLP, as a referenc
 class Config:
     runs: tuple[str, ...]  # run folders of decompose.py, of one target; the dictionaries are the first one's
     full: bool = False  # also equal FLOPs, end-to-end training, four times the latents, more rates, a second seed
+    kinds: str = "sae,plt,clt"  # which dictionaries
     D: int = 512  # latents of each MLP
     k: str = "6,12,30"  # latents that stay at a position; most comparisons are made at the middle one
     lr: str = ""  # rates to choose from on half A; default 3e-2, with --full 1e-2,3e-2,1e-1
@@ -95,6 +97,8 @@ class Config:
             raise UserError("runs=(): name at least one run folder")
         require(self, "above 0", "D", "windows", "tokens", "adv_steps", "starts")
         require(self, "0 or above", "steps", "seed")
+        if unknown := set(self.kinds.split(",")) - KINDS.keys():
+            raise UserError(f"kinds={self.kinds!r}: {min(unknown)!r} is none of {', '.join(KINDS)}")
         for k in self.ks():
             if k > self.D:
                 raise UserError(f"k={self.k!r}: {k} is above the D={self.D} latents")
@@ -426,10 +430,11 @@ def trained(library: Library, config: Config, spent: dict[str, float], half_A: l
     """
     T, target, found, scores = library.run.config["T"], library.target, [], {}
     steps = config.steps or max(1, round(spent["tokens"] / (SEQUENCES * T)))
-    modes = [(kind, "local") for kind in ("sae", "plt", "clt")]
+    modes = [(kind, "local") for kind in KINDS]
     if config.full:
         modes += [(kind, mode) for mode in ("error-propagating", "clean-input") for kind in ("plt", "clt")]
         modes.append(("plt", "single-layer"))
+    modes = [(kind, mode) for kind, mode in modes if kind in config.kinds.split(",")]
     bests = []
     for kind, mode in modes:
         first = Settings(kind, config.D, config.middle(), mode, 1e-3, steps, SEQUENCES, T, config.seed)
