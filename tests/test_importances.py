@@ -15,7 +15,9 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(params=[BELOW, ABOVE], ids=["C below rank", "C above rank"])
+@pytest.fixture(
+    params=[pytest.param(BELOW, id="C below rank"), pytest.param(ABOVE, id="C above rank", marks=pytest.mark.slow)]
+)
 def f(request):
     return made(request.param)
 
