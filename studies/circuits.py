@@ -472,7 +472,7 @@ def plot_graph(
         for j, n in enumerate(here):
             at[n] = (t + (j + 1) / (len(here) + 1) - 0.5, row + (0.18 * (-1) ** j if len(here) > 6 else 0))
     at |= {N + t: (t, 0) for t in range(T)} | {-1: (T - 1, len(rows) - 1)}
-    figure, ax = subplots(1, 1, (1.05 * T + 2, 0.55 * len(rows) + 1))
+    figure, ax = subplots(1, 1, (0.8 * T + 1.8, 0.4 * len(rows) + 1.2))
     drawn = []
     for n, (x, y) in at.items():
         if n < N and (n >= 0 or n == -1):
