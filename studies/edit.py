@@ -187,7 +187,7 @@ def single(run: Run, corpus: data.Corpus, config: Config) -> None:
     target, push = run.decomposition.target, config.push
     if token is None:
         new = rewritten(run.decomposition, dict.fromkeys(pieces, config.scale))
-        print(f"edit: {', '.join(config.subcomponent)} times {config.scale:g}")
+        print(f"edit: {', '.join(map(name_of, pieces))} times {config.scale:g}")
     else:
         near = holding(A.fires.any(-1), 32)
         x, fires = A.x[near], A.fires.any(-1)[near]
@@ -201,12 +201,10 @@ def single(run: Run, corpus: data.Corpus, config: Config) -> None:
             most = weights.said_at_most(run.unembedding, direction, token)
             push, p = push_for(p_of, REACHED * most)
             if p < REACHED * REACHED:
-                print(
-                    f"p({config.token!r}) is {p:.2g} after this edit; the most that any push along one direction gives"
-                )
-                print(f"a last hidden state is {most:.2g}")
+                said = f"p({config.token!r}) comes to {p:.2g} on half A where it fires"
+                print(f"{said}; {most:.2g} is the most that a push along one direction can give")
         new = written(run, A, pieces, direction, push)
-        print(f"edit: {', '.join(config.subcomponent)} writes {config.token!r}, --push={push:.3g}")
+        print(f"edit: {', '.join(map(name_of, pieces))} writes {config.token!r}, --push={push:.3g}")
     edited = weights.edited_target(target, new)
     print(cost_table(run, corpus, edited, pieces, B, token, config.token))
     print(before_and_after(run, corpus, edited, B, config.seed))
@@ -256,9 +254,7 @@ def before_the_edit(target: GPT, x: Tensor, token: int | None) -> dict[str, Tens
     return {what: torch.cat(parts) for what, parts in found.items()}
 
 
-def before_and_after(
-    run: Run, corpus: data.Corpus, edited: GPT, B: Text, seed: int, n: int = 3, width: int = 90
-) -> str:
+def before_and_after(run: Run, corpus: data.Corpus, edited: GPT, B: Text, seed: int, n: int = 3) -> str:
     """Text of half B up to a firing position, and its continuation by the target and by the edited one, same draws."""
     T, fires, lines = run.config["T"], B.fires.any(-1), []
     late = fires & (torch.arange(fires.shape[1]) >= min(8, fires.shape[1] // 2))
@@ -711,7 +707,7 @@ def main(config: Config) -> None:
     pairs = [pair for found in runs.values() for pair in found["pairs"].values()]
     for level in AT:
         print(f"\n{table(pairs, level)}")
-    path = Path(next(iter(runs))) / "edit" / "edit.png"
+    path = next(iter(opened.values()))[0].folder / "edit" / "edit.png"
     plot(runs, path)
     print(f"\nwritten: {path}")
 

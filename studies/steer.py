@@ -327,6 +327,8 @@ def study(run: Run, corpus: data.Corpus, config: Config) -> dict:
     if found["whole"]:
         print(f"{run.folder}: as measured before; to do so again, delete {path}")
         return found
+    if run.config["T"] < 2:
+        raise UserError(f"{run.folder}: T={run.config['T']}: a prompt and its continuation need 2 tokens")
     began = time.time() - found["seconds"]
     with tqdm(total=config.windows, desc="Gamma", unit="window", mininterval=1, leave=False) as bar:
         A, prompts = see(run, corpus, config, bar.update)
@@ -424,7 +426,7 @@ def main(config: Config) -> None:
     opened = {folder: open_run(folder, config.data_dir, config.device) for folder in dict.fromkeys(config.runs)}
     runs = {folder: study(*of, config) for folder, of in opened.items()}
     print(f"\n{table(runs)}")
-    path = Path(next(iter(runs))) / "steer" / "steer.png"
+    path = next(iter(opened.values()))[0].folder / "steer" / "steer.png"
     plot(runs, path)
     print(f"\nwritten: {path}")
 
