@@ -12,7 +12,7 @@ An edit holds at every position, whether or not anything fires there. Only W cha
 import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -349,13 +349,14 @@ def save_target(folder: str | Path, run: Run, weights: Mapping[str, Tensor]) -> 
 
     Returns the folder. UserError if anything is there already, with which nothing is done.
     """
-    folder = Path(folder)
+    folder, checkpoint = Path(folder), run.checkpoint["target"]
     refuse_existing(folder)
+    new = {f"{name}.weight": W.detach().cpu().clone() for name, W in weights.items()}
+    # A setting that the target was trained before there was one had its default.
+    config = checkpoints.settings(train_target.Config, asdict(train_target.Config()) | dict(checkpoint["config"]))
     with claims():
         new_folder(str(folder))
-        checkpoint = run.checkpoint["target"]
-        new = {f"{name}.weight": W.detach().cpu().clone() for name, W in weights.items()}
-        write_config(folder, checkpoints.settings(train_target.Config, checkpoint["config"]), run.device)
+        write_config(folder, config, run.device)
         checkpoints.save(folder / "checkpoint.pt", "target", {**checkpoint, "model": {**checkpoint["model"], **new}})
     return folder
 

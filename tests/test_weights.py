@@ -1,9 +1,12 @@
 """Edits of weights: each against the decomposition, a closed form or a number by hand, in float64."""
 
+import json
+
 import pytest
 import torch
 
 import data
+import train_target
 from checkpoints import load_checkpoint
 from eval import open_run
 from flags import UserError
@@ -326,6 +329,9 @@ def test_a_saved_target_is_a_target(opened, tmp_path):
     x = corpus.batch("val", 0, 2, 16)
     assert torch.equal(build_target(checkpoint)(x[:, :-1]), edited_target(run.decomposition.target, new)(x[:, :-1]))
     assert is_run_folder(folder) and not list(folder.glob("*.lock"))
+    del run.checkpoint["target"]["config"]["val_every"]  # as if there had been no such setting then
+    older = weights.save_target(tmp_path / "older", run, new)
+    assert json.loads((older / "config.json").read_text())["val_every"] == train_target.Config.val_every
     before = (folder / "checkpoint.pt").read_bytes()
     with pytest.raises(UserError, match="exists already"):
         weights.save_target(folder, run, {})
