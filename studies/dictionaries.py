@@ -372,8 +372,7 @@ BUDGETS = ("equal tokens", "equal FLOPs")
 
 def cost_of(run: Run) -> dict[str, float]:
     """What the run's training took: tokens, and FLOPs of matrix products and attention, counted on one step."""
-    names = {field.name for field in fields(decompose.Config)}
-    config = decompose.Config(**{name: value for name, value in run.config.items() if name in names})
+    config = settings_of(run)
     gpt, cpu = GPTConfig(**run.checkpoint["target"]["gpt"]), torch.device("cpu")
     step = cost.counted(lambda: decompose.trial(config, gpt, cpu)[:1])[0]
     steps = run.checkpoint["step"]
@@ -509,6 +508,7 @@ COLOURS = {
     "neurons": "#56b4e9",
 }
 STYLES = {"local": "-", "error-propagating": "--", "clean-input": ":", "single-layer": "-."}
+STYLES_OF_G = {0.0: "-", 0.1: "--", 0.5: ":"}  # of VPD's lines
 AXIS_NAMES = {"module": "L0 a module", "mlp": "L0 an MLP", "parameters": "active parameters a token"}
 
 
@@ -522,7 +522,7 @@ def plot_frontier(rows: list[dict], path: Path) -> None:
                 drawn = sorted((row for row in rows if row["line"] == line), key=lambda row: row[axis])
                 kind, thick = drawn[0]["kind"], drawn[0]["budget"] == "equal FLOPs"
                 x, y = [row[axis] for row in drawn], [row["delta_ce"][protocol] for row in drawn]
-                style = STYLES.get(drawn[0].get("mode"), "-")
+                style = drawn[0].get("style") or STYLES.get(drawn[0].get("mode"), "-")
                 ax.plot(x, y, f"o{style}", color=COLOURS[kind], ms=4 + 2 * thick, lw=1.2 + thick, label=line)
             ax.set(xscale="log", xlabel=AXIS_NAMES[axis], title=protocol)
             if all(value > 0 for drawn in ax.lines for value in drawn.get_ydata()):
@@ -632,10 +632,17 @@ def is_spd(run: Run) -> bool:
     return not run.config["beta_adv"] and not run.config["beta_freq"]
 
 
+def settings_of(run: Run) -> decompose.Config:
+    """The settings that the run was trained with; one that is younger than the run has its default."""
+    names = {field.name for field in fields(decompose.Config)}
+    return decompose.Config(**{name: value for name, value in run.config.items() if name in names})
+
+
 def recipe(run: Run, *but: str) -> dict:
     """What the run was trained with, but for these settings and those that change no number."""
+    config = asdict(settings_of(run))
     names = {field.name for field in fields(decompose.Method)} - {"device", *but}
-    return {name: value for name, value in run.config.items() if name in names} | {"C": run.config["C"]}
+    return {name: value for name, value in config.items() if name in names} | {"C": config["C"]}
 
 
 def check_target(home: Path, run: Run) -> None:
@@ -661,20 +668,15 @@ def all_of(
     bar = tqdm(total=work, desc="compare", mininterval=1, leave=False)
 
     for name, other in runs.items():
-        kind, first = "spd" if is_spd(other) else "vpd", recipe(run, "beta_imp", "beta_freq")
-        line = (
-            "VPD, beta_imp varied"
-            if kind == "vpd" and recipe(other, "beta_imp", "beta_freq") == first
-            else labels[name]
-        )
+        kind, varied = "spd" if is_spd(other) else "vpd", ("beta_imp", "beta_freq")
+        same = kind == "vpd" and recipe(other, *varied) == recipe(run, *varied)
         for threshold in THRESHOLDS:
-            of = lambda part: vpd_passes(other, part, rounded(other, part.g[name], threshold))
-            at_0 = threshold == THRESHOLDS[0]
-            rows.append(
-                {"name": f"{labels[name]}, g > {threshold:g}", "kind": kind, "budget": "-"}
-                | measure(run, half_B, "vpd", of)
+            of = measure(
+                run, half_B, "vpd", lambda part: vpd_passes(other, part, rounded(other, part.g[name], threshold))
             )
-            rows[-1]["line"] = line if at_0 else f"{labels[name]}, g > {threshold:g}"
+            line = f"{'VPD, beta_imp varied' if same else labels[name]}, g > {threshold:g}"
+            row = {"name": f"{labels[name]}, g > {threshold:g}", "kind": kind, "budget": "-", "line": line}
+            rows.append(row | {"style": STYLES_OF_G[threshold]} | of)
             bar.update()
     for k in NEURONS:
         if k <= target.config.d_mlp:

@@ -18,6 +18,7 @@ import flags
 import run
 import studies.circuits
 import studies.components
+import studies.dictionaries
 import studies.edit
 import studies.export
 import studies.forget
@@ -60,6 +61,16 @@ USUAL = {
     studies.terms: ["fuzzed", "--windows=2"],
     studies.export: ["fuzzed", "exported"],
     studies.targeted: ["fuzzed", "--windows=1"],
+    studies.dictionaries: [
+        "fuzzed",
+        "--D=16",
+        "--k=2",
+        "--steps=1",
+        "--windows=2",
+        "--tokens=64",
+        "--adv_steps=1",
+        "--starts=1",
+    ],
     studies.sharing: ["fuzzed", "--windows=2", "--steps=1", "--more=2", "--starts=1"],
     studies.circuits: ["fuzzed", "--prompt=import", "--steps=1", "--coefficients=1"],
     studies.forget: ["fuzzed", "--windows=2", "--secrets=4", "--steps=1", "--posthoc_steps=1"],

@@ -15,6 +15,7 @@ import eval as evaluation
 import flags
 import studies.circuits
 import studies.components
+import studies.dictionaries
 import studies.edit
 import studies.export
 import studies.forget
@@ -31,7 +32,7 @@ from flags import UserError
 SCRIPTS = (
     train_target, decompose, evaluation, cluster, studies.report, studies.components, toys.__main__, bench.plan,
     bench.report, bench.step, bench.frontier, studies.rules, studies.sharing, studies.terms, studies.circuits,
-    studies.edit, studies.export, studies.forget, studies.steer, studies.targeted,
+    studies.edit, studies.export, studies.forget, studies.steer, studies.targeted, studies.dictionaries,
 )  # fmt: skip
 SENSELESS = (float("nan"), float("inf"), -float("inf"), -1, 2**64)
 FINE = {("gamma", float("inf")), ("gamma", 2**64), ("ci_bias", -1)}  # greedy merging; any number that is not huge
@@ -40,6 +41,8 @@ TEXTS = {  # numbers in text
     "adv_steps": ("", "nan", "-1", "1e400", "0", "20,", "2.5", "9" * 5000, str(2**64)),
     "steps": ("", "nan", "0", "20,", "2.5"),
     "more": ("nan", "0", "320,", "2.5"),
+    "k": ("", "nan", "-1", "0", "6,", "2.5", "9" * 12),
+    "lr": ("nan", "-1", "0", "1", "1e400", "1e-3,"),
     "alpha": ("", "nan", "-1", "1e400", "inf", "10,", "1,nan"),
     "live": ("", "nan", "-1", "1e400", "0", "1000,", "9" * 12),
     "factors": ("", "nan", "-1", "0", "1e400", "1,", "1,1"),
