@@ -1,7 +1,7 @@
 """Circuits: which subcomponents make this prediction, and through which others?
 
     python -m studies.circuits out/vpd-stdlib                                     # the study: 3 minutes on one CPU core
-    python -m studies.circuits out/vpd-stdlib --prompt='    def test_x(self):'    # one prompt: half a minute
+    python -m studies.circuits out/vpd-stdlib --prompt='    def test_x(self):'    # one prompt: under a minute
     python -m studies.circuits out/vpd-stdlib --prompt='x = (' --target_token=')'
 
 The study finds by rule what the target can do in its validation text (studies/behaviours.py), takes prompts of it, and

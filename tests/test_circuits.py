@@ -21,7 +21,7 @@ import decompose
 import eval as evaluation
 import tokenise
 from flags import UserError
-from studies import behaviours, circuits, report
+from studies import behaviours, circuits, importances, report
 from studies.behaviours import (
     Group,
     brackets,
@@ -73,6 +73,8 @@ def written(case):
         patch.setattr(cost, "counted", lambda make, **options: [cost.Cost(0, 10**6, 0, 0)])
         patch.setattr(circuits, "open_run", lambda *args: case)
         patch.setattr(behaviours, "SURE", 0.02)
+        patch.setattr(importances, "DRAWS", 2)
+        patch.setattr(importances, "JUDGES", {"adversarial": (2, 1.0, 1), "adversarial_20": (3, 0.1, 2)})
         (run.folder / "checkpoint.pt").touch()
         report.report(run, corpus, report.Config(str(run.folder), tokens=64, examples=2, val_prompts=1))
         circuits.main(config(run))
