@@ -304,6 +304,16 @@ def test_the_same_settings_are_not_fitted_again(case, written, monkeypatch, caps
     assert "as fitted before" not in capsys.readouterr().out
 
 
+def test_the_loss_of_the_whole_prediction_fits_other_importances(case):
+    run, corpus = case
+    prompts = [behaviours.Prompt([3, 7, 12, 20], 5, 0.5, "own")]
+    of_token, of_all = (circuits.fit(run, prompts, config(run, loss=loss)) for loss in ("ce", "kl"))
+    for variant in circuits.VARIANTS:
+        assert of_all.g[variant].shape == (1, 2, 4, 52)
+        assert (of_all.g[variant] != of_token.g[variant]).any()
+        assert not (of_all.g[variant] * (of_all.z <= 0)[:, None]).any()
+
+
 def test_what_drives_what_is_on_the_report(case, written):
     run, _ = case
     found = json.loads((written / "attributions.json").read_text())
