@@ -183,7 +183,7 @@ def test_a_strength_reaches_its_level(opened, live, halves):
     assert most > LEVELS[-1] and None not in strengths
     for level, strength in zip(LEVELS, strengths):
         p = weights.mean_over(judge.costs(line, strength, token)["p"], fires)
-        assert p == pytest.approx(level, abs=0.02)
+        assert p == pytest.approx(level, abs=0.03)  # STRENGTHS are a factor of 1.5 apart
     nothing = Line(torch.zeros_like(line.fixed), torch.zeros_like(line.fixed), torch.zeros(16))
     assert strengths_for(nothing, *at, E, token) == [None] * len(LEVELS)
 
