@@ -160,7 +160,7 @@ class Schedule:
 def of_target(checkpoint: dict, corpus: data.Corpus) -> list[Canary]:
     """The canaries that the target of a checkpoint of train_target.py was trained on; [] if it had none."""
     config = checkpoint["config"]
-    return make(corpus, config.get("canaries", ""), config["seed"])
+    return make(corpus, config.get("canaries", ""), config.get("seed", 0))
 
 
 def of_stream(checkpoint: dict, corpus: data.Corpus, steps: int, B: int, T: int, seed: int) -> Schedule | None:

@@ -1,7 +1,7 @@
 """What a batch is: a function of (seed, split, step), drawn from flat files of tokens.
 
-A corpus is a folder with train.bin and val.bin (uint16, memory-mapped), vocab.json and meta.json. tokenise.py makes it
-on first use.
+A corpus is a folder with train.bin and val.bin (uint16, or uint32 for a large vocabulary; memory-mapped), vocab.json
+and meta.json. tokenise.py makes it on first use.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 from torch import Tensor
 
 import checkpoints
+import pretrained
 import run
 import tokenise
 from flags import UserError
@@ -27,8 +27,8 @@ class Corpus:
     """A tokenised corpus."""
 
     name: str  # of the run folders: out/vpd-<name>
-    tokens: dict[str, np.ndarray]  # "train", "val" to flat uint16 arrays
-    encoding: tiktoken.Encoding  # text to ids and back
+    tokens: dict[str, np.ndarray]  # "train", "val" to flat uint16 or uint32 arrays
+    encoding: tokenise.Encoding  # text to ids and back
     vocabulary: str  # a hash of the encoding: whether tokens mean what they did when a target was trained
     folder: Path | None = None  # of the token files; None where the tokens are in memory only
 
@@ -115,8 +115,8 @@ def of_prompts(saved: dict, corpus: Corpus) -> Corpus:
     return replace(corpus, name=f"prompts-{corpus.name}", tokens=tokens)
 
 
-def fingerprint(dataset: str, max_tokens: int = 0) -> str:
-    """What the token files were made from: they are made anew when it changes."""
+def fingerprint(dataset: str, max_tokens: int = 0, own: tokenise.Encoding | None = None) -> str:
+    """What the token files were made from: they are made anew when it changes. own: a model's own encoding."""
     if dataset == "stdlib":
         source = [sys.version, str(tokenise.stdlib_folder())]
     elif hub := tokenise.hub_set(dataset):
@@ -126,6 +126,7 @@ def fingerprint(dataset: str, max_tokens: int = 0) -> str:
         source = [f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
     source += [f"{max_tokens} tokens"] if max_tokens else []
     source += [tokenise.WORDS, str(tokenise.BPE_VOCAB), str(tokenise.BPE_SAMPLE), "5 % of the tokens"]
+    source += [own.name] if own else []
     return hashlib.sha256("\n".join(source).encode()).hexdigest()[:16]
 
 
@@ -142,15 +143,19 @@ def name_of(dataset: str, max_tokens: int, mark: str) -> str:
     return f"{name}-{max_tokens if rest else f'{millions}M'}" if max_tokens else name
 
 
-def load(dataset: str = "stdlib", folder: str | Path = "data", max_tokens: int = 0) -> Corpus:
+def load(
+    dataset: str = "stdlib", folder: str | Path = "data", max_tokens: int = 0, own: tokenise.Encoding | None = None
+) -> Corpus:
     """The corpus, tokenised on first use into `folder`: all of it, or about its first `max_tokens` tokens.
+
+    own: the encoding of a model that we have not trained. Its tokens have a folder of their own.
 
     UserError for a dataset that cannot be used, and for a path in `folder` that is taken by something else.
     """
-    mark = fingerprint(dataset, max_tokens)  # first: an unknown dataset ends here
-    name = name_of(dataset, max_tokens, mark)
+    mark = fingerprint(dataset, max_tokens, own)  # first: an unknown dataset ends here
+    name = name_of(dataset, max_tokens, fingerprint(dataset, max_tokens))
     # Each Python has a standard library of its own, so that another one leaves the tokens of earlier runs in place.
-    home = Path(folder) / (f"{name}-{mark[:8]}" if dataset == "stdlib" else name)
+    home = Path(folder) / (f"{name}-{mark[:8]}" if dataset == "stdlib" or own else name)
 
     def is_made() -> bool:
         return tokenise.read_mark(home / "meta.json").get("fingerprint") == mark and tokenise.is_whole(home)
@@ -159,20 +164,21 @@ def load(dataset: str = "stdlib", folder: str | Path = "data", max_tokens: int =
         with run.claims():
             run.claim(home, beside=True, wait=True)  # another process may be making it
             if not is_made():
-                tokenise.tokenise(dataset, name, home, mark, max_tokens)
+                tokenise.tokenise(dataset, name, home, mark, max_tokens, own)
     return open_tokens(home)
 
 
 def open_tokens(home: Path) -> Corpus:
     """The corpus whose token files are in this folder. UserError if its vocabulary cannot be read."""
     meta, vocab = tokenise.read_mark(home / "meta.json"), (home / "vocab.json").read_text()
-    none = np.zeros(0, np.uint16)  # an empty file cannot be mapped
+    kind = tokenise.number_type(meta["vocab_size"])
+    none = np.zeros(0, kind)  # an empty file cannot be mapped
     with checkpoints.built_from(home / "vocab.json"):
         encoding = tokenise.encoding_of(json.loads(vocab), meta["dataset"])
     return Corpus(
         name=meta["name"],
         tokens={
-            split: np.memmap(home / f"{split}.bin", np.uint16, mode="r") if meta[split] else none
+            split: np.memmap(home / f"{split}.bin", kind, mode="r") if meta[split] else none
             for split in ("train", "val")
         },
         encoding=encoding,
@@ -191,8 +197,10 @@ def of_run(folder: str | Path, saved: dict, data_dir: str = "") -> Corpus:
     homes = [Path(data_dir or config["data_dir"]) / made.name, *([] if data_dir else [made])]
     corpora = [open_tokens(home) for home in homes if tokenise.is_whole(home)]
     if not corpora:
+        about = saved.get("target", {}).get("pretrained", {})
+        own = pretrained.encoding_of(about["target"], about["revision"]) if about else None
         try:
-            corpora = [load(config["dataset"], data_dir or config["data_dir"], config["max_tokens"])]
+            corpora = [load(config["dataset"], data_dir or config["data_dir"], config["max_tokens"], own)]
         except UserError as error:
             remedy = f"put {made.name}, its folder of token files, into the folder --data_dir"
             raise UserError(f"{folder}: its text is not here: {error}; or {remedy}") from error

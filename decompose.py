@@ -32,10 +32,12 @@ import data
 import distributed
 import eval as evaluation
 import losses
+import pretrained
 import run
 import train_target
 from ci_fn import CITransformer, lower_leaky, upper_leaky
 from flags import UserError, parse_counts, require
+from linears import largest_sides
 from model import GPT, Decomposition, GPTConfig, each
 from muon import Muon
 from train_target import Scale, cosine
@@ -96,7 +98,9 @@ class Config(Method):
     max_tokens: int = 0  # of the dataset, from its beginning; 0: all of it
     prompts: str = ""  # a targeted run: file or folder of text that half of each batch is; only what it needs is found
     data_dir: str = "data"  # where token files are kept
-    target: str = ""  # run folder of train_target.py; default out/target-<dataset>, trained first if it is not there
+    target: str = ""  # run folder of train_target.py; default out/target-<dataset>, trained first if it is not there;
+    # or another model: hf:<id>, or a folder with its config.json and safetensors
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights of such a model; U, V and Gamma are in float32
     out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
     resume: str = ""  # run folder of an unfinished run to go on with; settings not given are read from it
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU or for a long run, where a compiler works
@@ -104,7 +108,8 @@ class Config(Method):
     memory_budget: float = 1.0  # share of the matrices and of Gamma's blocks that keep activations; the rest recompute
     T: int = 64  # tokens a sequence
     canaries: bool = True  # of a target that was trained on canaries: plant them here too, at the same rate
-    # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts
+    # Subcomponents of each matrix: glob pattern over the names of the nn.Linear layers = count; the first match counts.
+    # auto: max(d_in, d_out) of every one, the default for another model
     C: str = "*.q=64,*.k=64,*.v=85,*.o=85,*.up=248,*.down=262"
     # Gamma
     d_ci: int = 128  # width of its residual stream
@@ -126,13 +131,15 @@ class Config(Method):
         require(self, "0 or above", "n_layer_ci", "max_tokens", "eval_every", "report_tokens", "minutes")
         require(self, "between 0 and 1", "memory_budget")
         run.check_wandb(self.wandb)
-        parse_counts("C", self.C)
+        if self.C != "auto":
+            parse_counts("C", self.C)
 
     def defaults(self) -> "Config":
         """What flags are put on top of: the settings of the run to resume, or those of the scale."""
         if self.resume:
             return checkpoints.resumed_settings(Path(self.resume), "decomposition in training", Config)
         settings = (PAPER if self.recipe else {}) | train_target.settings_of(SCALES, self.dataset, self.scale)
+        settings |= {"C": "auto"} if pretrained.is_pretrained(self.target) else {}
         return Config(recipe=self.recipe, **settings | (TARGETED if self.prompts else {}))
 
 
@@ -183,7 +190,8 @@ class VPD:
         compiled: bool = False, targeted: bool = False,
     ) -> None:  # fmt: skip
         self.decomposition, self.ci_fn, self.config, self.device = decomposition, ci_fn, config, device
-        self.divergence, self.bf16, self.step = divergence, run.bf16(device), 0
+        self.divergence, self.step = divergence, 0
+        self.bf16 = run.bf16(device) or decomposition.layers[0].weight.dtype == torch.bfloat16
         self.generator = torch.Generator(device).manual_seed(distributed.own_seed(config.seed))
         self.halves = config.halves and positions[0] % 2 == 0 and config.beta_adv > 0 and config.beta_stoch > 0
         self.adversary, self.targeted = None, targeted
@@ -203,6 +211,11 @@ class VPD:
             self.reconstruction, self.penalties = run.compiled(self.reconstruction), run.compiled(self.penalties)
             if self.adversary:
                 self.adversary.update = run.compiled(losses.adam_ascent)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x, or what the target makes of it before the first block with a decomposed matrix: the same in every pass."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.decomposition.enter(x)
 
     def importances(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f(x | W), without a gradient; causal importances g = g_lower and g_upper, [B, T, C] in fp32."""
@@ -251,6 +264,7 @@ class VPD:
         # -------------------------------------------------------------------------------------------------------------
         for optimizer in self.rates:
             optimizer.zero_grad()
+        x = self.enter(x)
         target_output, g, g_upper = self.importances(x)
         leaf = g.detach().requires_grad_()  # gathers dL/dg of both reconstructions, so that Gamma has one backward pass
         first = second = [x, target_output, leaf]  # what each reconstruction loss is of
@@ -336,19 +350,34 @@ def build(config: Config, target_checkpoint: dict, device: torch.device, compile
     """A VPD at its initialisation, a function of config.seed, and the arguments that its Gamma was made with."""
     torch.manual_seed(config.seed)
     target = train_target.build_target(target_checkpoint)
-    decomposition = Decomposition(target, parse_counts("C", config.C), None, "hidden", config.memory_budget).to(device)
+    C = largest_sides(target) if config.C == "auto" else parse_counts("C", config.C)
+    decomposition = Decomposition(target, C, None, "hidden", config.memory_budget).to(device)
     gamma = {"d_ins": [V.shape[0] for V in decomposition.V.values()], "C": sum(decomposition.C.values())}
     gamma |= {"d_ci": config.d_ci, "n_layer": config.n_layer_ci, "n_head": config.n_head_ci, "d_mlp": config.d_mlp_ci}
     ci_fn = CITransformer(**gamma, memory_budget=config.memory_budget)
     ci_fn = distributed.shard(ci_fn, ci_fn.units(), device, run.bf16(device)) if config.shard else ci_fn.to(device)
-    positions, divergence = (config.B // distributed.world(), config.T), losses.HiddenKL(target.unembedding)
+    positions = config.B // distributed.world(), config.T
+    divergence = losses.HiddenKL(target.unembedding, bias=target.unembedding_bias, softcap=target.softcap)
     return VPD(decomposition, ci_fn, config, positions, device, divergence, compiled, bool(config.prompts)), gamma
 
 
-def trial(config: Config, gpt: GPTConfig, device: torch.device, compiled: bool = False) -> list[Callable[[], object]]:
-    """What an untrained run of these sizes does, to be counted or timed: a step, and a window of the evaluation."""
-    vpd, _ = build(config, {"gpt": asdict(gpt), "model": GPT(gpt).state_dict()}, device, compiled)
-    x = torch.randint(0, gpt.vocab_size, (config.B, config.T), device=device)
+def shape_of(target_checkpoint: dict) -> GPTConfig | dict:
+    """All that `trial` has to know of a target."""
+    other = target_checkpoint.get("pretrained")
+    return GPTConfig(**target_checkpoint["gpt"]) if other is None else other
+
+
+def trial(
+    config: Config, shape: GPTConfig | dict, device: torch.device, compiled: bool = False
+) -> list[Callable[[], object]]:
+    """What an untrained run of these sizes does, to be counted or timed: a step, and a window of the evaluation.
+
+    shape: of a target of ours, or what pretrained.py knows about another.
+    """
+    ours = isinstance(shape, GPTConfig)
+    untrained = {"gpt": asdict(shape), "model": GPT(shape).state_dict()} if ours else pretrained.untrained(shape)
+    vpd, _ = build(config, untrained, device, compiled)
+    x = torch.randint(0, vpd.decomposition.target.config.vocab_size, (config.B, config.T), device=device)
     opened = evaluation.Run(Path(), asdict(config), {}, vpd.decomposition, vpd.ci_fn)
     return [lambda: vpd.train_step(x), opened.one_window]
 
@@ -376,24 +405,31 @@ def train(config: Config) -> Path | None:
 
     # Text and target
     with distributed.first_process_first():  # it tokenises the text and trains the target, if they are not there
-        load = lambda: data.load(config.dataset, config.data_dir, config.max_tokens)
+        own = lambda: pretrained.encoding_of(config.target)
+        load = lambda: data.load(config.dataset, config.data_dir, config.max_tokens, own())
         corpus = data.of_run(folder, saved, config.data_dir) if saved else load()
         corpus.refuse_shorter(config.T)
         texts = data.texts(config.prompts, corpus, config.T, saved)  # of which a batch is drawn, row by row in turn
         if saved:
             checkpoints.check_resumable(config, saved, device)
         elif first and not config.resume:
-            folder = run.new_folder(config.out, Path(f"out/vpd-{corpus.name}"))
+            folder = run.new_folder(config.out, Path(f"out/vpd-{pretrained.name_of(config.target)}{corpus.name}"))
         target_checkpoint = saved["target"] if saved else train_target.find_or_train(config, corpus)
     began = time.time() - (saved["seconds"] if saved else 0)
 
     # The decomposition, once it is said what it will cost
     if first:
-        gpt, alone = GPTConfig(**target_checkpoint["gpt"]), replace(config, B=config.B // processes, shard=False)
-        cost.report(lambda changed: trial(changed, gpt, torch.device("cpu")), alone, device, processes)
-    compiled = run.wants_compile(config.compile, device, config.steps, config.minutes)
+        shape, alone = shape_of(target_checkpoint), replace(config, B=config.B // processes, shard=False)
+        cost.report(lambda changed: trial(changed, shape, torch.device("cpu")), alone, device, processes)
+    compile = config.compile
+    if compile == "auto" and "pretrained" in target_checkpoint:
+        print("compile: off, nobody has tried it on models of transformers; --compile=True does")
+        compile = False
+    compiled = run.wants_compile(compile, device, config.steps, config.minutes)
     vpd, gamma = build(config, target_checkpoint, device, compiled)
     print(f"decompose: {vpd.decomposition.L} matrices into {gamma['C']:,} subcomponents, on {device}, to {folder}")
+    if start := vpd.decomposition.start:
+        print(f"decompose: nothing of the first {start} blocks: they run once a step, and not in each of its passes")
     run.write_config(folder, config, device)
     if saved:
         with checkpoints.built_from(folder / "state.pt"):

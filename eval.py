@@ -13,6 +13,7 @@
 Left out: probes of particular behaviours; any number that needs more than one run.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -23,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ import run
 import share
 from ci_fn import CITransformer, lower_leaky
 from flags import UserError
-from losses import BETAS, HiddenKL, faithfulness, kl_divergence, mask, reconstruction, sample_sources
+from losses import BETAS, HiddenKL, faithfulness, kl_divergence, logits_of, mask, reconstruction, sample_sources
 from model import Decomposition
 from train_target import build_target, check_vocabulary, generate, next_token_ce
 
@@ -120,11 +120,14 @@ class Run:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] to [..., vocab]."""
-        return F.linear(hidden, self.unembedding)
+        target = self.decomposition.target
+        return logits_of(hidden, target.unembedding, target.unembedding_bias, target.softcap)
 
     def kl(self, target_hidden: Tensor, masked_hidden: Tensor) -> Tensor:
         """KL(target || masked), nats a token."""
-        return HiddenKL(self.unembedding)(target_hidden, masked_hidden)
+        target = self.decomposition.target
+        divergence = HiddenKL(target.unembedding, bias=target.unembedding_bias, softcap=target.softcap)
+        return divergence(target_hidden, masked_hidden)
 
     def ce(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the next tokens [B, T], nats a token."""
@@ -137,7 +140,7 @@ class Run:
     @torch.enable_grad()
     def one_window(self) -> None:
         """The largest pass of an evaluation, on one window: forward and backward for the adversary's sources."""
-        x = torch.zeros((1, self.config["T"]), dtype=torch.long, device=self.device)
+        x = self.decomposition.enter(torch.zeros((1, self.config["T"]), dtype=torch.long, device=self.device))
         target_hidden, g, _ = self.importances(x)
         r = g.new_zeros((1, 1, 1, g.shape[-1] + self.decomposition.L), requires_grad=True)
         reconstruction(self.decomposition, x, target_hidden, g, r, None, self.kl, frozen=True).backward()
@@ -156,8 +159,11 @@ def load_run(folder: str | Path, device: torch.device) -> Run:
     folder = share.located(folder)
     path = folder / (share.CONFIG if share.is_export(folder) else "checkpoint.pt")
     checkpoint = share.read(folder) if share.is_export(folder) else checkpoints.load_checkpoint(path, "decomposition")
+    ours = "pretrained" not in checkpoint["target"]  # of another model its own errors say what is wrong
+    with checkpoints.built_from(path) if ours else contextlib.nullcontext():
+        target = build_target(checkpoint["target"]).float()  # whatever --dtype it had in training
     with checkpoints.built_from(path):
-        decomposition = Decomposition(build_target(checkpoint["target"]), checkpoint["C"], ends_in="hidden")
+        decomposition = Decomposition(target, checkpoint["C"], ends_in="hidden")
         decomposition.load_subcomponents(checkpoint["decomposition"])
         ci_fn = CITransformer(**checkpoint["gamma"])
         checkpoints.load_into(ci_fn, checkpoint["ci_fn"])
@@ -278,9 +284,10 @@ def l0_above(threshold: float, gs: list[Tensor]) -> float:
 
 
 def of_windows(opened: Run, windows: Tensor, at_a_time: int = 0) -> tuple[list[Batch], list[Tensor]]:
-    """(x, f(x | W), g) and the next tokens [B, T] of windows [N, T + 1], in parts."""
+    """(x, f(x | W), g) and the next tokens [B, T] of windows [N, T + 1], in parts. x: tokens, or what `enter` makes."""
     parts = opened.batches(windows, at_a_time)
-    return [(part[:, :-1], *opened.importances(part[:, :-1])[:2]) for part in parts], [part[:, 1:] for part in parts]
+    xs = [opened.decomposition.enter(part[:, :-1]) for part in parts]
+    return [(x, *opened.importances(x)[:2]) for x in xs], [part[:, 1:] for part in parts]
 
 
 def short(decomposition: Decomposition, ci_fn: nn.Module, corpus: data.Corpus, config, n: int = 8) -> dict[str, float]:
@@ -290,7 +297,8 @@ def short(decomposition: Decomposition, ci_fn: nn.Module, corpus: data.Corpus, c
     """
     opened = Run(Path(), asdict(config), {}, decomposition, ci_fn)
     generator = torch.Generator(opened.device).manual_seed(0)
-    with run.autocast(opened.device):
+    half = run.bf16(opened.device) or decomposition.layers[0].weight.dtype == torch.bfloat16
+    with torch.autocast(opened.device.type, torch.bfloat16, enabled=half):
         batches, _ = of_windows(opened, validation_windows(corpus, n, config.T, 0), 1)
         mean_g, l0 = mean_importances([g for _, _, g in batches])
         row = {"val_l0": l0.sum().item(), "val_live": int((mean_g > ALIVE).sum())}
@@ -367,7 +375,8 @@ def evaluate(opened: Run, corpus: data.Corpus, config: Config) -> tuple[dict, di
         "adv_steps": adv_steps,
         # Without a gap there is nothing to recover: queries and keys, say, where T = 1.
         "ce_unrecovered": {mode: gap[mode] / gap["zero"] if gap["zero"] else 0.0 for mode in MODES},
-        "compute_recovered": {mode: compute_recovered(gap[mode], target["curve"]) for mode in MODES},
+        # Only where the target's training is known
+        "compute_recovered": {mode: compute_recovered(gap[mode], target["curve"]) for mode in MODES if target["curve"]},
         "l0": {"total": l0.sum().item(), "per_matrix": per_matrix(l0)},
         "l0_above_0.1": l0_above(0.1, [g for _, _, g in batches]),
         "live": {"total": live.sum().item(), "per_matrix": per_matrix(live), "C": sum(counts)},
@@ -426,8 +435,9 @@ def table(metrics: dict, C: dict[str, int]) -> str:
     lines = [f"{'':20s} {'CE':>8s} {'KL':>9s} {'CE unrecovered':>15s} {'compute recovered':>18s}"]
     lines.append(f"{'target':20s} {metrics['ce']['target']:8.4f}")
     for mode in MODES:
-        unrecovered, recovered = metrics["ce_unrecovered"][mode], metrics["compute_recovered"][mode]
-        numbers = f"{metrics['ce'][mode]:8.4f} {metrics['kl'][mode]:9.4f} {unrecovered:15.2%} {recovered:18.1%}"
+        numbers = f"{metrics['ce'][mode]:8.4f} {metrics['kl'][mode]:9.4f} {metrics['ce_unrecovered'][mode]:15.2%}"
+        if mode in metrics["compute_recovered"]:
+            numbers += f" {metrics['compute_recovered'][mode]:18.1%}"
         lines.append(f"{mode:20s} {numbers}")
     for n in metrics["adv_steps"]:
         last, largest = metrics["kl"][f"adversarial_{n}"], metrics["kl"][f"adversarial_{n}_largest"]

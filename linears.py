@@ -39,6 +39,17 @@ def key_of(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F").replace(".", "/")
 
 
+def largest_sides(target: nn.Module) -> dict[str, int]:
+    """{name: max(d_in, d_out)} of every nn.Linear, for --C=auto: at the rank of W, the smaller side, or above."""
+    return {name: max(part.weight.shape) for name, part in target.named_modules() if isinstance(part, nn.Linear)}
+
+
+def first_block(names: list[str]) -> int:
+    """The first of the blocks that these are in: 1 of blocks.1.mlp.up and blocks.3.attn.q; 0 if one is in no block."""
+    parts = [name.split(".") for name in names]
+    return min(int(part[1]) if part[0] == "blocks" and part[1].isdecimal() else 0 for part in parts)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # B. Answers
 

@@ -83,6 +83,15 @@ def kl_divergence(target_logits: Tensor, masked_logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
+def logits_of(hidden: Tensor, unembedding: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> Tensor:
+    """Logits [..., vocab] of last hidden states [..., d_model]: E h + b, and with a soft cap s tanh((E h + b) / s).
+
+    GPT has neither b nor s; Phi has b, Gemma 2 has s.
+    """
+    logits = F.linear(hidden, unembedding, bias)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 class HiddenKL:
     """kl_divergence from last hidden states [..., d_model] and the frozen unembedding [vocab, d_model]: what runs.
 
@@ -90,31 +99,36 @@ class HiddenKL:
     [B, T, vocab] are never held. The target's hidden state gets no gradient.
     """
 
-    def __init__(self, unembedding: Tensor, chunk: int = 2048) -> None:
-        self.unembedding, self.chunk = unembedding, chunk
+    def __init__(
+        self, unembedding: Tensor, chunk: int = 2048, bias: Tensor | None = None, softcap: float | None = None
+    ) -> None:
+        self.head, self.chunk = (unembedding, bias, softcap), chunk
 
     def __call__(self, target_hidden: Tensor, masked_hidden: Tensor) -> Tensor:
-        return ChunkedKL.apply(target_hidden.flatten(0, -2), masked_hidden.flatten(0, -2), self.unembedding, self.chunk)
+        return ChunkedKL.apply(target_hidden.flatten(0, -2), masked_hidden.flatten(0, -2), self.chunk, *self.head)
 
 
 class ChunkedKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, target_hidden: Tensor, masked_hidden: Tensor, unembedding: Tensor, chunk: int) -> Tensor:
+    def forward(ctx, target_hidden, masked_hidden, chunk: int, unembedding: Tensor, bias, softcap) -> Tensor:
         assert len(target_hidden) == len(masked_hidden), "both have one hidden state a position"
         n, total, grads = len(masked_hidden), torch.zeros((), device=masked_hidden.device), []
         for of_target, of_masked in zip(target_hidden.split(chunk), masked_hidden.split(chunk)):
-            log_p = F.linear(of_target, unembedding).float().log_softmax(-1)  # [chunk, vocab]
-            log_q = F.linear(of_masked, unembedding).float().log_softmax(-1)
+            log_p = logits_of(of_target, unembedding, bias, softcap).float().log_softmax(-1)  # [chunk, vocab]
+            logits = logits_of(of_masked, unembedding, bias, softcap).float()
+            log_q = logits.log_softmax(-1)
             probability = log_p.exp()
             total += (probability * (log_p - log_q)).sum()
-            grad = (log_q.exp() - probability).to(of_masked.dtype)  # d KL / d logits of the masked model
-            grads.append(grad @ unembedding.to(of_masked.dtype))
+            grad = log_q.exp() - probability  # d KL / d logits of the masked model
+            if softcap:
+                grad = grad * (1 - (logits / softcap).square())  # tanh' = 1 - tanh^2
+            grads.append(grad.to(of_masked.dtype) @ unembedding.to(of_masked.dtype))
         ctx.save_for_backward(torch.cat(grads) / n)
         return total / n
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        return None, grad * ctx.saved_tensors[0], None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grad * ctx.saved_tensors[0], None, None, None, None
 
 
 def mse(target_output: Tensor, masked_output: Tensor) -> Tensor:

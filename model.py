@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_into
 from flags import UserError, require
-from linears import LinearsAnswered, key_of, match_linears, refuse_unlike, refuse_weights_of
+from linears import LinearsAnswered, first_block, key_of, match_linears, refuse_unlike, refuse_weights_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A. The target f(x | W)
@@ -99,6 +99,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The target language model f(x | W): tokens [B, T] to next-token logits [B, T, vocab]."""
 
+    unembedding_bias = softcap = None  # some models of pretrained.py have them
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -115,8 +117,18 @@ class GPT(nn.Module):
         """The last hidden state, normalised, [B, T, d_model]: `unembedding` makes it logits."""
         if tokens.shape[-1] > self.config.context:
             raise UserError(f"T={tokens.shape[-1]} tokens: the target's context is {self.config.context}")
-        x = self.embed(tokens)  # [B, T, d_model]
-        for block in self.blocks:
+        return self.hidden_from(self.embed(tokens), 0)
+
+    def enter(self, tokens: Tensor, i: int) -> Tensor:
+        """What enters block i, [B, T, d_model]."""
+        x = self.embed(tokens)
+        for block in self.blocks[:i]:
+            x = block(x)
+        return x
+
+    def hidden_from(self, x: Tensor, i: int) -> Tensor:
+        """The last hidden state, of what enters block i, [B, T, d_model]."""
+        for block in self.blocks[i:]:
             x = block(x)
         return rms_norm(x)
 
@@ -160,7 +172,8 @@ class Decomposition(nn.Module):
 
     target: any module that applies `nn.Linear` layers; where x is a tuple, `target(*x)`.
     C: subcomponents per matrix, {glob pattern over module names: count}, the first match counts; an int: for each.
-    ends_in: f(x | W) is the target's output, or its last hidden state `target.hidden(x)`, for `losses.HiddenKL`.
+    ends_in: f(x | W) is the target's output, or its last hidden state `target.hidden(x)`, for `losses.HiddenKL`. Then
+      the blocks before `start`, the first with a chosen matrix, can be left to `enter`, once for many passes.
     memory_budget: share of the matrices whose masked product keeps its activations for the backward pass.
     Attributes: `names` in column order, `C` {name: C_l}, `L`, `U[name]` [d_out, C_l], `V[name]` [d_in, C_l], which
     begin as U ~ N(0, 1/C_l), V ~ N(0, 1/d_in).
@@ -178,6 +191,7 @@ class Decomposition(nn.Module):
         self.names, self.L = list(self.C), len(self.C)
         self.layers = [target.get_submodule(name) for name in self.names]
         refuse_weights_of(self.names, self.layers, target)
+        self.start = first_block(self.names) if ends_in == "hidden" else 0
         self.keys = {name: key_of(name) for name in self.names}
         for name, layer in zip(self.names, self.layers):
             W, n = layer.weight, self.C[name]
@@ -196,8 +210,24 @@ class Decomposition(nn.Module):
         super().train(mode).target.eval()
         return self
 
+    def enter(self, x: Tensor) -> Tensor:
+        """What every pass shares, as no mask changes it: of tokens x [B, T] what enters block `start`, [B, T, d_model].
+
+        x itself where that is the first block. Every other method takes it in the place of x.
+        """
+        if self.start == 0:
+            return x
+        with torch.no_grad(), LinearsAnswered(self.names, self.layers, lambda l, x, Wx, bias: Wx, search=True) as mode:
+            entering = self.target.enter(x, self.start)
+        for name, n in zip(self.names, mode.applied):
+            if n:
+                raise UserError(f"{name} cannot be decomposed: the target applies it before its block")
+        return entering.detach()
+
     def f(self, x: Tensor) -> Tensor:
         """f(x | W): the target's output, or its last hidden state, as `ends_in` says."""
+        if self.start and x.is_floating_point():  # of `enter`: tokens are whole numbers
+            return self.target.hidden_from(x, self.start)
         if self.ends_in == "hidden":
             return self.target.hidden(x)
         return self.target(*x) if isinstance(x, tuple) else self.target(x)

@@ -3,7 +3,8 @@
   A. byte-level BPE   learnt with numpy, held as a `tiktoken.Encoding`
   B. documents        `stdlib`: the Python standard library's own source; a .txt, .jsonl, .jsonl.zst or .parquet file or
                       a folder; `pile`, `simplestories`, `tinystories` or `hf:<id>[:column]` from the Hugging Face hub
-  C. encodings        a learnt BPE for `stdlib`; for other text GPT-2's, or a learnt one where that cannot be had
+  C. encodings        a learnt BPE for `stdlib`; for other text GPT-2's, or a learnt one where that cannot be had; for a
+                      model that we have not trained its own
   D. token files      made a few documents at a time, so that it can stop at any moment and go on from there;
                       what is not of our making is never deleted, nor written over
 
@@ -13,6 +14,7 @@ a hash of their text: training never sees them, nor a copy of them. Left out: sh
 
 import base64
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -22,7 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import tiktoken
@@ -368,6 +370,63 @@ def sample_of(documents: Iterable[str], size: int) -> str:
 # C. Encodings
 
 
+class Encoding(Protocol):
+    """What is asked of a vocabulary. tiktoken.Encoding has it, and so has FastTokenizer."""
+
+    name: str  # "ids" where text came as ids, and there is no text
+    n_vocab: int  # ids are below it
+    eot_token: int  # the id of end-of-text
+
+    def encode_ordinary(self, text: str) -> list[int]: ...
+    def encode_ordinary_batch(self, texts: list[str], *, num_threads: int) -> list[list[int]]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def decode_single_token_bytes(self, id: int) -> bytes: ...
+
+
+class FastTokenizer:
+    """A tokenizer.json of the `tokenizers` library as an Encoding: no special token is made of text, none is added.
+
+    end: the id of end-of-text. n_vocab: the logits of its model, often more than there are tokens.
+    """
+
+    def __init__(self, text: str, end: int, n_vocab: int) -> None:
+        import tokenizers
+
+        self.text, self.eot_token, self.n_vocab = text, end, n_vocab
+        self.name = "fast-" + hashlib.sha256(f"{end} {n_vocab} {text}".encode()).hexdigest()[:8]
+        self.tokenizer = tokenizers.Tokenizer.from_str(text)
+        self.tokenizer.no_truncation(), self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True
+        made = json.loads(text)
+        self.whole = {token["id"]: token["content"] for token in made["added_tokens"]}  # they stand for themselves
+        self.byte_level = '"ByteLevel"' in json.dumps(made["decoder"])
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.encode_ordinary_batch([text], num_threads=1)[0]
+
+    def encode_ordinary_batch(self, texts: list[str], *, num_threads: int) -> list[list[int]]:
+        return [encoded.ids for encoded in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def decode_single_token_bytes(self, id: int) -> bytes:
+        """A byte-level token is written in letters that stand for bytes; others in text, ▁ a space, <0x0A> a byte."""
+        token = self.tokenizer.id_to_token(id)
+        if token is None or id in self.whole:
+            return (self.whole.get(id) or f"<{id}>").encode()
+        if self.byte_level:
+            return bytes(BYTES[letter] for letter in token) if set(token) <= BYTES.keys() else token.encode()
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()
+
+
+# GPT-2's letters for bytes: what can be seen stands for itself, the others for U+0100, U+0101, ... in order.
+SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in SEEN} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(SEEN)))}
+
+
 def gpt2(dataset: str) -> tiktoken.Encoding:
     """GPT-2's encoding. UserError, naming what to set, where it is not at hand and cannot be downloaded."""
     where = "openaipublic.blob.core.windows.net"
@@ -390,15 +449,22 @@ def choose_encoding(dataset: str, sample: Callable[[], str]) -> tiktoken.Encodin
     return bpe_encoding(learn_bpe(sample(), BPE_VOCAB - 1))
 
 
-def vocab_of(encoding: tiktoken.Encoding) -> str | int | list[str]:
-    """What vocab.json holds: "gpt2", the number of anonymous tokens, or the tokens of a learnt BPE in base64."""
+def vocab_of(encoding: Encoding) -> str | int | list[str] | dict:
+    """What vocab.json holds: "gpt2", the number of anonymous tokens, the tokens of a learnt BPE in base64, or a model's
+    own tokenizer.json, with the id of its end-of-text and the number of the model's logits.
+    """
+    if isinstance(encoding, FastTokenizer):
+        return {"tokenizer": encoding.text, "end": encoding.eot_token, "n_vocab": encoding.n_vocab}
     if encoding.name in ("gpt2", "ids"):
         return "gpt2" if encoding.name == "gpt2" else encoding.n_vocab
     return [base64.b64encode(encoding.decode_single_token_bytes(i)).decode() for i in range(encoding.eot_token)]
 
 
-def encoding_of(vocab: str | int | list[str], dataset: str) -> tiktoken.Encoding:
-    """The inverse of `vocab_of`. UserError if GPT-2's encoding is needed and cannot be had."""
+def encoding_of(vocab: str | int | list[str] | dict, dataset: str) -> Encoding:
+    """The inverse of `vocab_of`. UserError if GPT-2's encoding, or the `tokenizers` library, is needed and missing."""
+    if isinstance(vocab, dict):
+        with explained(f"dataset {dataset!r}: its vocabulary is a model's own", "pip install tokenizers", ImportError):
+            return FastTokenizer(vocab["tokenizer"], vocab["end"], vocab["n_vocab"])
     if isinstance(vocab, int):
         return numbered_encoding(vocab)
     return gpt2(dataset) if vocab == "gpt2" else bpe_encoding([base64.b64decode(t) for t in vocab])
@@ -408,7 +474,7 @@ def encoding_of(vocab: str | int | list[str], dataset: str) -> tiktoken.Encoding
 LONG_SPACE = re.compile(rf"\s{{{SPACE}}}")
 
 
-def encode(encoding: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
+def encode(encoding: Encoding, texts: list[str]) -> list[list[int]]:
     """The tokens of each text, end-of-text behind it, by several threads. White space is cut after each SPACE of it."""
     parts, counts = [], []
     for text in texts:
@@ -433,14 +499,21 @@ def read_mark(path: Path) -> dict:
     return content if isinstance(content, dict) and "fingerprint" in content else {}
 
 
+def number_type(n_vocab: int) -> np.dtype:
+    """Of the tokens in a file: uint16, or uint32 where 65,536 of them are too few."""
+    return np.dtype(np.uint16 if n_vocab <= 2**16 else np.uint32)
+
+
 def is_whole(folder: Path) -> bool:
     """Whether train.bin and val.bin have as many tokens as meta.json counts, and vocab.json can be read."""
     meta, files = read_mark(folder / "meta.json"), [(split, folder / f"{split}.bin") for split in ("train", "val")]
     try:
-        encoded = isinstance(json.loads((folder / "vocab.json").read_text()), (str, int, list))
-    except (OSError, ValueError):
+        vocab = json.loads((folder / "vocab.json").read_text())
+        encoded = isinstance(vocab, (str, int, list)) or {"tokenizer", "end", "n_vocab"} <= vocab.keys()
+    except (OSError, ValueError, AttributeError):
         encoded = False
-    counted = all(file.is_file() and file.stat().st_size == 2 * meta.get(split, -1) for split, file in files)
+    size = number_type(meta.get("vocab_size", 0)).itemsize
+    counted = all(file.is_file() and file.stat().st_size == size * meta.get(split, -1) for split, file in files)
     return encoded and counted and {"name", "dataset"} <= meta.keys()
 
 
@@ -466,27 +539,30 @@ def remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def encoded(dataset: str, documents: Iterator[str | list[int]], encoding: tiktoken.Encoding) -> Iterator[list[tuple]]:
-    """(checksum, uint16 tokens) of each document, in lists of 64. Text gets an end-of-text token behind it.
+def encoded(dataset: str, documents: Iterator[str | list[int]], encoding: Encoding) -> Iterator[list[tuple]]:
+    """(checksum, tokens) of each document, in lists of 64. Text gets an end-of-text token behind it.
 
-    UserError for an id that cannot be stored.
+    UserError for an id that cannot be stored, or that the model has no token for.
     """
+    known = 2**16 if encoding.name == "ids" else encoding.n_vocab
     while some := list(itertools.islice(documents, 64)):
-        tokens = some if encoding.name == "ids" else encode(encoding, some)
+        tokens = encode(encoding, some) if isinstance(some[0], str) else some
         arrays = [np.array(ids) for ids in tokens]
-        if wrong := [id for ids in arrays for id in (ids.min(), ids.max()) if not 0 <= id < 2**16]:
-            raise UserError(f"dataset {dataset!r} has the token id {wrong[0]}: 0 to 65,535 can be stored")
-        yield list(zip(map(checksum, some), (ids.astype(np.uint16) for ids in arrays)))
+        if wrong := [id for ids in arrays for id in (ids.min(), ids.max()) if not 0 <= id < known]:
+            raise UserError(f"dataset {dataset!r} has the token id {wrong[0]}: 0 to {known - 1:,} can be stored")
+        yield list(zip(map(checksum, some), (ids.astype(number_type(known)) for ids in arrays)))
 
 
-def append(part: Path, progress: dict, lists: Iterator[list], place: Callable[[], dict], max_tokens: float) -> None:
+def append(
+    part: Path, progress: dict, lists: Iterator[list], place: Callable[[], dict], max_tokens: float, size: int
+) -> None:
     """Write tokens behind those that `progress` counts, until it counts max_tokens or there are no more.
 
     tokens.bin holds them; documents.bin a checksum and a length of each document. place: tells where the source
-    stands; progress.json holds it beside the counts, as a point to restart from.
+    stands; progress.json holds it beside the counts, as a point to restart from. size: bytes of a token.
     """
     with open(part / "tokens.bin", "ab") as tokens, open(part / "documents.bin", "ab") as documents:
-        tokens.truncate(2 * progress["tokens"])
+        tokens.truncate(size * progress["tokens"])
         documents.truncate(16 * progress["documents"])
         settled = progress["tokens"]
         end = max_tokens if max_tokens < float("inf") else None
@@ -512,19 +588,20 @@ def append(part: Path, progress: dict, lists: Iterator[list], place: Callable[[]
         bar.close()
 
 
-def finish(part: Path, home: Path, meta: dict, encoding: tiktoken.Encoding) -> None:
+def finish(part: Path, home: Path, meta: dict, encoding: Encoding) -> None:
     """train.bin and val.bin of the documents in `part`, vocab.json, meta.json; the folder gets its name, `home`.
 
     An older folder of that name goes. No document is in both files; where one has to be cut, a line says so.
     """
     checksums, lengths = np.fromfile(part / "documents.bin", np.uint64).astype(np.int64).reshape(-1, 2).T
-    tokens, starts = np.memmap(part / "tokens.bin", np.uint16, mode="r"), np.cumsum(lengths) - lengths
+    kind = number_type(encoding.n_vocab)
+    tokens, starts = np.memmap(part / "tokens.bin", kind, mode="r"), np.cumsum(lengths) - lengths
     train, val = split(checksums, lengths)
     if not val.any() and lengths.sum() >= 20:
         copies = f"is {len(lengths):,} copies of one short text"
         raise UserError(f"dataset {meta['dataset']!r} {copies}: nothing is left to hold out for validation")
     cut = (train > 0) & (val > 0)
-    end = np.array([] if encoding.name == "ids" else [encoding.eot_token], np.uint16)
+    end = np.array([] if encoding.name == "ids" else [encoding.eot_token], kind)
     meta |= {"train": 0, "val": 0}
     with open(part / "train.bin", "wb") as train_file, open(part / "val.bin", "wb") as val_file:
         for start, n_train, n_val, is_cut in zip(starts.tolist(), train.tolist(), val.tolist(), cut.tolist()):
@@ -574,8 +651,10 @@ def sample_for_bpe(dataset: str, max_tokens: int) -> str:
     )
 
 
-def tokenise(dataset: str, name: str, home: Path, mark: str, max_tokens: int = 0) -> None:
+def tokenise(dataset: str, name: str, home: Path, mark: str, max_tokens: int = 0, own: Encoding | None = None) -> None:
     """Make the folder `home` of the first max_tokens tokens of `dataset` (0: of all), a few documents at a time.
+
+    own: the encoding of a model that we have not trained; without one it is chosen.
 
     Restartable at any moment: progress.json in <home>.part names the documents, tokens and place in the source that are
     on the disk; what came after it is cut off and made again. A full disk is a UserError that leaves this state.
@@ -586,8 +665,9 @@ def tokenise(dataset: str, name: str, home: Path, mark: str, max_tokens: int = 0
     rows = open_rows(dataset)
     progress = {"fingerprint": mark, "source": None, "vocab": None, "documents": 0, "tokens": 0, "largest": 0}
     saved = read_mark(part / "progress.json")
+    size = number_type(own.n_vocab if own else 0).itemsize
     there = [
-        (part / "tokens.bin", 2 * saved.get("tokens", 0)),
+        (part / "tokens.bin", size * saved.get("tokens", 0)),
         (part / "documents.bin", 16 * saved.get("documents", 0)),
     ]
     if (
@@ -604,7 +684,10 @@ def tokenise(dataset: str, name: str, home: Path, mark: str, max_tokens: int = 0
         documents = itertools.chain([first], documents)
         # Token ids have a stand-in for now: how many kinds there are is known at the end.
         sample = lambda: sample_for_bpe(dataset, max_tokens)
-        progress["vocab"] = 2 if isinstance(first, list) else vocab_of(choose_encoding(dataset, sample))
+        if own:
+            progress["vocab"] = vocab_of(own)
+        else:
+            progress["vocab"] = 2 if isinstance(first, list) else vocab_of(choose_encoding(dataset, sample))
     encoding = encoding_of(progress["vocab"], dataset)
 
     remedy = "make room and give the same command again, it goes on from there"
@@ -613,7 +696,8 @@ def tokenise(dataset: str, name: str, home: Path, mark: str, max_tokens: int = 0
         if progress is not saved:
             write_text(part / "progress.json", json.dumps(progress))  # before any other file: it makes the folder ours
         try:
-            append(part, progress, encoded(dataset, documents, encoding), rows.state_dict, max_tokens or float("inf"))
+            lists = encoded(dataset, documents, encoding)
+            append(part, progress, lists, rows.state_dict, max_tokens or float("inf"), size)
         except UserError:
             if not hub_set(dataset):  # a file that has to be mended is another one then
                 remove(part)

@@ -32,6 +32,7 @@ import checkpoints
 import data
 import distributed
 import flags
+import pretrained
 import run
 from flags import UserError
 from model import GPT, GPTConfig
@@ -261,8 +262,10 @@ def generate(f: Callable[[Tensor], Tensor], tokens: Tensor, n: int, context: int
     return tokens
 
 
-def build_target(checkpoint: dict) -> GPT:
-    """The trained target of a checkpoint of this script."""
+def build_target(checkpoint: dict) -> GPT | pretrained.Pretrained:
+    """The trained target of a checkpoint of this script, or of pretrained.py."""
+    if "pretrained" in checkpoint:
+        return pretrained.build(checkpoint)
     target = GPT(checkpoints.settings(GPTConfig, checkpoint["gpt"]))
     checkpoints.load_into(target, checkpoint["model"])
     return target
@@ -280,6 +283,8 @@ def find_or_train(config: Any, corpus: data.Corpus) -> dict:
 
     Without `config.target` it is the one of the usual settings, trained first, or to its end, if it is not there.
     """
+    if pretrained.is_pretrained(config.target):
+        return pretrained.checkpoint(config.target, config.dtype, config.T) | {"vocabulary": corpus.vocabulary}
     folder = Path(config.target)
     if not config.target:
         same = {name: getattr(config, name) for name in ("dataset", "max_tokens", "data_dir", "device", "T")}

@@ -28,7 +28,6 @@ import eval as evaluation
 import flags
 import run
 from flags import UserError, require
-from model import GPTConfig
 
 KLS = ("rounded", "stochastic", "adversarial")
 L0S = {"l0": "L0: subcomponents with g > 0 a position", "l0_above_0.1": "L0: subcomponents with g > 0.1 a position"}
@@ -182,8 +181,8 @@ def point(folder: Path, config: Config, settings: decompose.Config) -> dict:
 def flops_of_a_step(opened: evaluation.Run) -> int:
     """Counted by cost.py, without recomputation; the warm-up on faithfulness is not in it."""
     settings = replace(checkpoints.settings(decompose.Config, opened.checkpoint["config"]), memory_budget=1.0)
-    gpt = GPTConfig(**opened.checkpoint["target"]["gpt"])
-    return cost.counted(lambda: decompose.trial(settings, gpt, torch.device("cpu")))[0].flops
+    shape = decompose.shape_of(opened.checkpoint["target"])
+    return cost.counted(lambda: decompose.trial(settings, shape, torch.device("cpu")))[0].flops
 
 
 def at_l0(points: list[dict], l0: float, kl: str) -> float | None:

@@ -197,7 +197,7 @@ def harvest(run: Run, corpus: data.Corpus, live: np.ndarray, n_tokens: int, k: i
 
     def see_residual(block, args, y: Tensor) -> None:
         nonlocal rms_inverse
-        rms_inverse += y.pow(2).mean(-1).rsqrt().sum().item() / N
+        rms_inverse += centred(run, y).pow(2).mean(-1).rsqrt().sum().item() / N
 
     bar = tqdm(total=N, desc="harvest", unit=" tokens", unit_scale=True, mininterval=1, leave=False)
     with run.decomposition.target.blocks[-1].register_forward_hook(see_residual), bar:
@@ -274,22 +274,44 @@ def coactive(together: np.ndarray, fires: np.ndarray, matrix: np.ndarray, L: int
     return place, overlap
 
 
+def centred(run: Run, y: Tensor) -> Tensor:
+    """The residual stream, or a write to it, [..., d_model], as the normalisation before the unembedding takes it."""
+    norm = getattr(run.decomposition.target, "final_norm", None)
+    return y - y.mean(-1, keepdim=True) if isinstance(norm, torch.nn.LayerNorm) else y
+
+
+@torch.no_grad()
+def norm_weights(run: Run) -> Tensor | None:
+    """And the weights it multiplies with, [d_model, 1]; None of a target of ours, which has none.
+
+    Found by trying, as some libraries write w and some 1 + w: signs with mean 0 and RMS 1 come out as their weights.
+    """
+    if (norm := getattr(run.decomposition.target, "final_norm", None)) is None:
+        return None
+    signs = torch.ones(run.unembedding.shape[1], device=run.device)
+    signs[1::2] = -1
+    return (signs * (norm(signs) - norm(-signs)) / 2)[:, None]
+
+
 def promoted(run: Run, columns: list[np.ndarray], mean_a: np.ndarray, rms_inverse: float) -> tuple[np.ndarray, ...]:
     """Tokens that the write vectors of `o` and `down` promote, then suppress: token, logits [n, 2, TOP]; else 0.
 
     Logits that one adds to a token at its mean activation where it fires, straight through the unembedding E:
         mean_a * E U_c / ||U_c|| / RMS(residual stream), less the mean over the vocabulary, which no softmax sees.
-    The normalisation before E has no weights and is taken as fixed; later blocks are left out.
+    The normalisation before E is taken as fixed: of ours it has no weights, of another model they scale U_c, and a
+    LayerNorm centres it. Later blocks, and a soft cap, are left out.
     """
     n, start, at_a_time = min(TOP, len(run.unembedding)), 0, max(1, AT_A_TIME // len(run.unembedding))
     token, logits = np.zeros((len(mean_a), 2, TOP), int), np.zeros((len(mean_a), 2, TOP))
+    weights = norm_weights(run)
     for name, numbers in zip(run.decomposition.names, columns):
         writes = name.endswith((".o", ".down"))
         for part in np.split(numbers, range(at_a_time, len(numbers), at_a_time)):
             here, start = slice(start, start + len(part)), start + len(part)
             if writes and len(part):
                 U = run.decomposition.U[name][:, part].detach()
-                effect = (run.unembedding @ (U / U.norm(dim=0))).double().cpu()  # [vocab, part]
+                U = weights * centred(run, (U / U.norm(dim=0)).T).T if weights is not None else U / U.norm(dim=0)
+                effect = (run.unembedding @ U).double().cpu()  # [vocab, part]
                 effect = (effect - effect.mean(0)) * torch.from_numpy(mean_a[here] * rms_inverse)
                 for side in (0, 1):
                     best = effect.topk(n, 0, largest=side == 0)
@@ -297,16 +319,24 @@ def promoted(run: Run, columns: list[np.ndarray], mean_a: np.ndarray, rms_invers
     return token, logits
 
 
+def head_width(run: Run) -> int:
+    config = run.decomposition.target.config
+    return getattr(config, "d_head", None) or config.d_model // config.n_head
+
+
 def norms(run: Run, columns: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """||U_c V_c^T|| = ||U_c|| ||V_c||, [n], and the part of it that each head has, [n, heads].
 
-    A head's part is its rows of U for q, k and v, its rows of V for o: the squares add up to the whole's. 0 for MLPs.
+    A head's part is its rows of U for q, k and v, its rows of V for o: the squares add up to the whole's. 0 for MLPs,
+    and for the heads that k and v lack where several heads share theirs.
     """
-    heads, whole, per_head = run.decomposition.target.config.n_head, [], []
+    heads, d_head, whole, per_head = run.decomposition.target.config.n_head, head_width(run), [], []
     for name, numbers in zip(run.decomposition.names, columns):
         U, V = (x[name][:, numbers].detach().cpu() for x in (run.decomposition.U, run.decomposition.V))
         whole.append(U.norm(dim=0) * V.norm(dim=0))
         split, other = (V, U) if name.endswith(".o") else (U, V)
-        part = split.unflatten(0, (heads, -1)).norm(dim=1) * other.norm(dim=0)  # [heads, columns]
-        per_head.append(part.T if ".attn." in name else torch.zeros_like(part.T))
+        by_head = torch.zeros(heads, U.shape[1])  # [heads, columns]
+        if ".attn." in name and len(split) % d_head == 0 and len(split) <= heads * d_head:
+            by_head[: len(split) // d_head] = split.unflatten(0, (-1, d_head)).norm(dim=1) * other.norm(dim=0)
+        per_head.append(by_head.T)
     return torch.cat(whole).numpy(), torch.cat(per_head).numpy()

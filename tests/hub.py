@@ -1,4 +1,7 @@
-"""A stand-in for the Hugging Face hub on the loopback address, from a folder that holds <owner>/<set>/<files>."""
+"""A stand-in for the Hugging Face hub on the loopback address, from a folder that holds <owner>/<name>/<files>.
+
+A name is that of a data set or of a model: the address alone says which.
+"""
 
 import hashlib
 import http.server
@@ -11,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What streaming uses of the hub's HTTP interface: a set's metadata, its list of files, ranges of a file.
+    """What streaming, and reading a model, use of the hub's HTTP interface: metadata, lists of files, ranges of a file.
 
     Set `root` to the folder; `asked` collects (method, path, range) of every request.
     """
@@ -22,13 +25,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.asked.append((self.command, self.path, self.headers.get("Range", "")))
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+        if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self.send_file(self.root / found[1] / found[2])
-        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/revision/[^/]+)?", path):
+        elif found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             files = self.files(found[1])
             about = {"id": found[1], "sha": COMMIT, "private": False, "gated": False, "disabled": False}
             self.send_json(about | {"siblings": [{"rfilename": f} for f in files]}, bool(files))
-        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
+        elif found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
             home, folder = self.root / found[1], self.root / found[1] / found[2]
             inside = sorted(folder.rglob("*") if "recursive=true" in self.path.lower() else folder.glob("*"))
             self.send_json([self.about(found[1], str(p.relative_to(home))) for p in inside], bool(inside))

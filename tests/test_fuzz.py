@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import TINY, TINY_TARGET, as_flags
 
+import bench.models
 import bench.plan
 import bench.step
 import cluster
@@ -80,6 +81,7 @@ USUAL = {
     toys.__main__: ["tms_5-2", "--steps=2", "--restarts=1", "--faith_steps=1"],
     bench.step: ["--steps=1", "--scale=0.1", "--B=1", "--T=4", "--compile=False", "--naive=False"],
     bench.plan: [],
+    bench.models: [],
 }
 SLOW_FLAGS = (
     "compile",
@@ -132,6 +134,8 @@ def test_random_flags_of_every_script_run_or_end_in_one_line(home, monkeypatch, 
     monkeypatch.setattr(toys.__main__, "train", lambda toy, seed: toy.make())  # untrained: an answer is not asked for
     sizes = dict.fromkeys(("C", "target", "U, V", "Gamma"), 1)
     monkeypatch.setattr(bench.plan, "counted", lambda *args: (Cost(1, 1, 1, 1), sizes))  # it takes minutes
+    sizes_of_models = dict.fromkeys(("weights", "L", "C"), 1)
+    monkeypatch.setattr(bench.models, "counted", lambda *args: (Cost(1, 1, 1, 1), sizes_of_models))
     for i in range(50):
         script = rng.choice(list(USUAL))
         args = command_line(rng, script)

@@ -6,6 +6,7 @@ import typing
 import pytest
 
 import bench.frontier
+import bench.models
 import bench.plan
 import bench.report
 import bench.step
@@ -32,7 +33,7 @@ from flags import UserError
 SCRIPTS = (
     train_target, decompose, evaluation, cluster, studies.report, studies.components, toys.__main__, bench.plan,
     bench.report, bench.step, bench.frontier, studies.rules, studies.sharing, studies.terms, studies.circuits,
-    studies.edit, studies.export, studies.forget, studies.steer, studies.targeted, studies.dictionaries,
+    studies.edit, studies.export, studies.forget, studies.steer, studies.targeted, studies.dictionaries, bench.models,
 )  # fmt: skip
 SENSELESS = (float("nan"), float("inf"), -float("inf"), -1, 2**64)
 FINE = {("gamma", float("inf")), ("gamma", 2**64), ("ci_bias", -1)}  # greedy merging; any number that is not huge
