@@ -170,12 +170,18 @@ def load_run(folder: str | Path, device: torch.device) -> Run:
     return Run(folder, checkpoint["config"], checkpoint, decomposition.to(device), ci_fn.to(device))
 
 
-def open_run(folder: str | Path, data_dir: str = "", device: str = "auto") -> tuple[Run, data.Corpus]:
+def open_run(
+    folder: str | Path, data_dir: str = "", device: str = "auto", ours: bool = False
+) -> tuple[Run, data.Corpus]:
     """A run and its text, which for a targeted run is its prompts.
 
+    ours: the caller knows the parts of model.GPT, as its normalisation without weights, and can read no other target.
     UserError as in `load_run` and `data.of_run`, or if the text has another vocabulary.
     """
     opened = load_run(folder, run.pick_device(device))
+    if ours and "pretrained" in opened.checkpoint["target"]:
+        model = opened.checkpoint["target"]["pretrained"]["target"]
+        raise UserError(f"{folder} is of {model}: {flags.script()} knows the parts of targets of train_target.py only")
     corpus = data.of_run(folder, opened.checkpoint, data_dir)
     check_vocabulary(folder, opened.checkpoint["target"], corpus)
     return opened, data.of_prompts(opened.checkpoint, corpus) if "prompts" in opened.checkpoint else corpus

@@ -708,7 +708,7 @@ def attribute(run: Run, corpus: data.Corpus, live: np.ndarray, config: Config) -
 
 
 def main(config: Config) -> None:
-    run, corpus = open_run(config.run, config.data_dir, config.device)
+    run, corpus = open_run(config.run, config.data_dir, config.device, ours=True)
     refuse_other_targets(run)
     live = live_columns(run, evaluated_importances(run, corpus)[0])
     folder = run.folder / "circuits" / ("prompt" if config.prompt else "")

@@ -615,7 +615,7 @@ def open_runs(config: Config) -> tuple[dict[str, Run], data.Corpus]:
     """The runs by the names of their folders. UserError if one has another target or text than the first."""
     runs, texts = {}, []
     for folder in dict.fromkeys(Path(folder) for folder in config.runs):
-        run, corpus = open_run(folder, config.data_dir, config.device)
+        run, corpus = open_run(folder, config.data_dir, config.device, ours=True)
         mlp_columns(run)  # refuses what cannot be compared
         runs[folder.name if folder.name not in runs else str(folder)] = run
         texts.append(corpus)

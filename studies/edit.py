@@ -695,8 +695,9 @@ def plot(runs: dict[str, dict], path: Path) -> None:
 
 def main(config: Config) -> None:
     if config.subcomponent:
-        return single(*open_run(config.runs[0], config.data_dir, config.device), config)
-    opened = {folder: open_run(folder, config.data_dir, config.device) for folder in dict.fromkeys(config.runs)}
+        return single(*open_run(config.runs[0], config.data_dir, config.device, ours=True), config)
+    of_run = lambda folder: open_run(folder, config.data_dir, config.device, ours=True)
+    opened = {folder: of_run(folder) for folder in dict.fromkeys(config.runs)}
     runs = {folder: study(*of, config) for folder, of in opened.items()}
     for folder, found in runs.items():
         for key, pair in found["pairs"].items():

@@ -624,7 +624,7 @@ def plot(found: dict, path: Path) -> None:
 
 def open_lab(config: Config) -> Lab:
     """The run, its canaries and training text. UserError if its target was trained without, or too few of them."""
-    run, corpus = open_run(config.run, config.data_dir, config.device)
+    run, corpus = open_run(config.run, config.data_dir, config.device, ours=True)
     planted = canaries.of_target(run.checkpoint["target"], corpus)
     if not all(split(planted)):
         what = "needs a target trained on canaries, some of each half at a dose above 0"

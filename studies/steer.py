@@ -423,7 +423,8 @@ def plot(runs: dict[str, dict], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    opened = {folder: open_run(folder, config.data_dir, config.device) for folder in dict.fromkeys(config.runs)}
+    of_run = lambda folder: open_run(folder, config.data_dir, config.device, ours=True)
+    opened = {folder: of_run(folder) for folder in dict.fromkeys(config.runs)}
     runs = {folder: study(*of, config) for folder, of in opened.items()}
     print(f"\n{table(runs)}")
     path = next(iter(opened.values()))[0].folder / "steer" / "steer.png"
