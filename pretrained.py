@@ -122,7 +122,10 @@ def read_tokenizer(target: str, vocab_size: int, revision: str | None = None) ->
         raise UserError(f"target={target}: its tokenizer has no end-of-text token (eos_token) to end documents with")
     if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
         raise UserError(f"target={target}: its tokenizer has the token {largest}, the model {vocab_size} of them")
-    return FastTokenizer(tokenizer.backend_tokenizer.to_str(), end, vocab_size)
+    encoding = FastTokenizer(tokenizer.backend_tokenizer.to_str(), end, vocab_size)
+    if not encoding.encode_ordinary("text"):  # without files the library makes an empty one, and says nothing
+        raise UserError(f"target={target}: its tokenizer makes no tokens of text: is there a tokenizer.json?")
+    return encoding
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -380,7 +380,7 @@ def test_what_cannot_be_a_target_is_refused_in_one_line(home, folder, tmp_path, 
     bare = Path(changed(source, tmp_path / "b", "config.json"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (bare / name).unlink()
-    assert "tokenizer" in refused(bare)
+    assert "its tokenizer makes no tokens of text" in refused(bare)
     assert "hf:owner/model: its config.json cannot be read from https://huggingface.co" in refused("hf:owner/model")
     assert "there is a folder 'text' here" in refused("hf:text") and "write hf:<id>" in refused("hf:")
     monkeypatch.setitem(sys.modules, "transformers", None)
