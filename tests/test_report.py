@@ -645,7 +645,7 @@ def test_a_run_is_opened_with_the_tokens_it_was_made_of(in_home, monkeypatch):
     (in_home / "limited").mkdir()
     torch.save(checkpoint, in_home / "limited/checkpoint.pt")
     asked, load = [], data.load
-    monkeypatch.setattr(data, "load", lambda dataset, folder, n=0: asked.append(n) or load(dataset, folder))
+    monkeypatch.setattr(data, "load", lambda dataset, folder, n=0, own=None: asked.append(n) or load(dataset, folder))
     evaluation.open_run("limited", "", "cpu")
     assert asked == [1234]
 
