@@ -81,6 +81,15 @@ def unreadable(target: str, what: str) -> tuple[str, str]:
     return f"target={target}: its {what} cannot be read from {endpoint}", remedy
 
 
+def commit_of(target: str) -> str:
+    """The commit of a model on the hub that is read now, 40 hex digits; "" of a folder."""
+    if not target.startswith("hf:"):
+        return ""
+    with explained(*unreadable(target, "config.json")):
+        path = library(target).utils.cached_file(place_of(target), "config.json")
+    return Path(path).parent.name  # of the cache: .../snapshots/<commit>/config.json
+
+
 def read_config(target: str, revision: str | None = None) -> Any:
     """The configuration of a model. UserError if it cannot be had, or is not that of a causal, unquantised one."""
     transformers, place = library(target), place_of(target)
@@ -95,9 +104,9 @@ def read_config(target: str, revision: str | None = None) -> Any:
     return config
 
 
-def read_model(target: str, dtype: str, config: Any) -> "Pretrained":
+def read_model(target: str, dtype: str, config: Any, revision: str | None = None) -> "Pretrained":
     """The model, with weights of this type, on the CPU. UserError if it has none, or not all, in safetensors."""
-    auto, revision = library(target).AutoModelForCausalLM, getattr(config, "_commit_hash", None)
+    auto = library(target).AutoModelForCausalLM
     with explained(*unreadable(target, "weights, in safetensors,")):
         model, found = auto.from_pretrained(
             place_of(target), config=config, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True,
@@ -344,14 +353,15 @@ def checkpoint(target: str, dtype: str, T: int) -> dict:
 
     UserError if it cannot be a target, or has a context shorter than T.
     """
-    config = read_config(target)
+    revision = commit_of(target)
+    config = read_config(target, revision or None)
     if (context := context_of(config.get_text_config())) < T:
         raise UserError(f"T={T}: the context of {target} is {context} tokens: give a smaller T")
-    model = read_model(target, dtype, config)
+    model = read_model(target, dtype, config, revision or None)
     size = sum(W.numel() * W.element_size() for W in model.parameters())
     about = {
         "target": target if target.startswith("hf:") else place_of(target), "dtype": dtype, "config": as_text(config),
-        "revision": getattr(config, "_commit_hash", None) or "", "digest": digest_of(model.parameters()),
+        "revision": revision, "digest": digest_of(model.parameters()),
     }  # fmt: skip
     whole = {} if target.startswith("hf:") or size > SMALL else model.state_dict()
     parts = sum(isinstance(part, nn.Linear) for part in model.modules())
@@ -381,7 +391,8 @@ def build(checkpoint: dict) -> Pretrained:
         if weights:
             load_into(model, weights)
         return model
-    model = read_model(target, dtype, read_config(target, about["revision"] or None))
+    revision = about["revision"] or None
+    model = read_model(target, dtype, read_config(target, revision), revision)
     if (now := digest_of(model.parameters())) != about["digest"]:
         raise UserError(f"target={target}: its weights are others than those of the run: {now}, not {about['digest']}")
     return model
@@ -392,4 +403,4 @@ def encoding_of(target: str, revision: str = "") -> FastTokenizer | None:
     if not is_pretrained(target):
         return None
     config = read_config(target, revision or None)
-    return read_tokenizer(target, config.get_text_config().vocab_size, getattr(config, "_commit_hash", None))
+    return read_tokenizer(target, config.get_text_config().vocab_size, revision or None)
