@@ -11,7 +11,7 @@ model knows something: log p and tokens matched no more than those of a target t
 is compared is the harm done by then: KL(target ‖ edited) on other text, and what comes back by training on a part of
 the secret. The gold standard is the target trained anew without that canary.
 
-It writes <run>/forget/: forget.json, kept.json, forget.png, and the targets that it trained.
+It writes <run>/forget/: forget.json, kept.json, forget.png, and the targets and transcoders that it trained.
 
   A. Settings
   B. Lab       what the methods share, computed once for each canary and kept
@@ -47,7 +47,7 @@ from eval import Run, open_run, save_figure, subplots
 from flags import UserError, require
 from losses import kl_divergence
 from model import GPT
-from studies import memory
+from studies import dictionary, memory
 from studies.harvest import evaluated_importances, live_columns
 from studies.importances import post_hoc
 from studies.memory import Memory, WhereItFires, log_p
@@ -72,13 +72,14 @@ class Config:
     secrets: int = 1000  # R: a secret's rank is among so many
     steps: int = 100  # of gradient ascent, at most
     posthoc_steps: int = 300  # of post-hoc importances
+    plt_steps: int = 700  # of the training of transcoders
     retrain: bool = True  # train the targets without a canary; without them no natural canary is judged
     seed: int = 0
     data_dir: str = ""  # where token files are kept; default as in the run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
     def __post_init__(self) -> None:
-        require(self, "above 0", "windows", "secrets", "steps", "posthoc_steps")
+        require(self, "above 0", "windows", "secrets", "steps", "posthoc_steps", "plt_steps")
         require(self, "0 or above", "seed")
 
 
@@ -144,6 +145,7 @@ class Lab:
     unplanted: dict[int, Memory] = field(default_factory=dict)  # what a target without canaries has of each
     retrained: dict[int, GPT] = field(default_factory=dict)  # the target trained anew without that canary
     gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    latents: list[dictionary.PLT] = field(default_factory=list)  # of `transcoder`, once it is trained
     never_seen: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -182,14 +184,26 @@ class Lab:
             self.gradients[i] = memory.gradient(self.target, prefix, secret, self.names)
         return self.gradients[i]
 
-    def cost(self, name: str, weights: Callable[[], dict[str, Tensor]]) -> float:
-        """KL(target ‖ edited) on training text if this part alone goes, nats a token."""
+    def cost(self, name: str, model: Callable[[], Any]) -> float:
+        """KL(target ‖ model) on training text, of the model that lacks this part alone, nats a token."""
+        return self.kept(f"cost {name}", lambda: kl_on(self, model(), self.text[:32]))
 
-        def measured() -> float:
-            edited = edited_target(self.target, weights())
-            return costs_on(self.target, edited, self.text[:32])["kl"].double().mean().item()
+    def transcoder(self) -> dictionary.PLT:
+        """Per-layer transcoders of the target, trained on the decomposition's own text, with canaries at its rate."""
+        if not self.latents:
+            folder, T, seed = self.run.folder / "forget" / "plt", self.run.config["T"], self.config.seed
+            settings = dictionary.Settings(T=T, seed=seed, steps=self.config.plt_steps)
+            if not (folder / "settings.json").exists():
+                rate = self.run.checkpoint["target"], self.corpus, settings.steps, settings.B, T, seed
+                schedule = canaries.of_stream(*rate)
 
-        return self.kept(f"cost {name}", measured)
+                def batch(step: int) -> Tensor:
+                    windows = self.corpus.batch("train", step, settings.B, T, seed)
+                    return schedule.plant(windows, step)[:, :-1].to(self.run.device)
+
+                dictionary.save(dictionary.train([settings], self.target, batch, "transcoders")[0], folder)
+            self.latents.append(dictionary.load(folder).to(self.run.device))
+        return self.latents[0]
 
     def mean_inputs(self) -> dict[str, Tensor]:
         """The mean input of every decomposed matrix over training text, {matrix: [d_in]}."""
@@ -212,7 +226,8 @@ def rank_by_gain(lab: Lab, i: int, floor: float | None) -> list[int]:
     """Columns of subcomponents for canary i, by `by_gain`."""
     f, pieces = lab.run.decomposition, lab.pieces
     gains = memory.gains_of_pieces(f, lab.gradient(i))
-    return by_gain(gains, lambda c: lab.cost(f"piece {c}", lambda: memory.without_pieces(f, [pieces[c]])), floor)
+    without = lambda c: edited_target(lab.target, memory.without_pieces(f, [pieces[c]]))
+    return by_gain(gains, lambda c: lab.cost(f"piece {c}", lambda: without(c)), floor)
 
 
 def rank_by_difference(lab: Lab, i: int) -> list[int]:
@@ -285,7 +300,7 @@ class Edit:
     """A changed model. strength: parts removed, or steps of ascent."""
 
     strength: int
-    model: Any  # GPT or WhereItFires
+    model: Any  # a GPT, or what memory.py calls a model
     weights: dict[str, Tensor]  # {matrix: W'}
 
 
@@ -344,8 +359,19 @@ def by_norm(lab: Lab, i: int) -> Iterator[Edit]:
 def neurons_and_heads(lab: Lab, i: int, floor: float, mean: bool) -> Iterator[Edit]:
     units = memory.units_of(lab.target)
     gains = memory.gains_of_units(lab.target, units, lab.gradient(i))
-    cost = lambda c: lab.cost(f"unit {c}", lambda: memory.without_columns(lab.target, [units[c]]))
-    return without_top(lab, by_gain(gains, cost, floor), mean=mean, units=True)
+    without = lambda c: edited_target(lab.target, memory.without_columns(lab.target, [units[c]]))
+    ranking = by_gain(gains, lambda c: lab.cost(f"unit {c}", lambda: without(c)), floor)
+    return without_top(lab, ranking, mean=mean, units=True)
+
+
+def latents(lab: Lab, i: int, floor: float) -> Iterator[Edit]:
+    """What the first n latents of a ranking write is taken from the MLPs' outputs."""
+    canary, device, plt = lab.planted[i], lab.run.device, lab.transcoder()
+    gains = memory.gains_of_latents(lab.target, plt, canary.prefix.to(device), canary.secret.to(device))
+    without = lambda some: memory.WithoutLatents(lab.target, plt, some)
+    ranking = by_gain(gains, lambda c: lab.cost(f"latent {c}", lambda: without([c])), floor)
+    for n in [n for n in NS if n <= len(ranking)] or [len(ranking)]:
+        yield Edit(n, without(ranking[:n]), {})
 
 
 def ascended(lab: Lab, i: int, change: memory.Change, lr: float, beta: float) -> Iterator[Edit]:
@@ -397,6 +423,7 @@ METHODS = {
     "pieces: largest norm": Method(by_norm),
     "write vectors of 16 pieces + KL": Method(write_vectors, grid(lr=RATES, beta=(10.0,))),
     "neurons and heads": Method(neurons_and_heads, grid(floor=FLOORS, mean=(False, True))),
+    "latents of transcoders (no edit)": Method(latents, grid(floor=FLOORS)),
     "gradient ascent": Method(all_weights, grid(lr=(1e-4, 1e-3, 1e-2))),
     "gradient ascent + KL": Method(all_weights, grid(lr=(3e-4, 1e-3, 3e-3), beta=(1.0, 10.0))),
     "LoRA + KL": Method(
@@ -631,7 +658,9 @@ def open_lab(config: Config) -> Lab:
         raise UserError(f"{config.run}: the study {what}: train_target.py --canaries=0,64,256,1024,0,64,256,1024")
     folder = run.folder / "forget"
     folder.mkdir(exist_ok=True)
-    settings = {name: getattr(config, name) for name in ("windows", "secrets", "steps", "posthoc_steps", "seed")}
+    settings = {
+        name: getattr(config, name) for name in ("windows", "secrets", "steps", "posthoc_steps", "plt_steps", "seed")
+    }
     kept = Kept(folder / "kept.json", {"run_mark": run.mark} | settings)
     mean_g = evaluated_importances(run, corpus)[0]
     text = corpus.batch("train", 2**40, 64, run.config["T"], config.seed).to(run.device)

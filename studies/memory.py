@@ -2,7 +2,7 @@
 
   A. Metrics   log p of a secret after its prefix, the tokens matched, exposure
   B. Gains     how much log p falls, to first order, if a part of the weights goes: one backward pass
-  C. Removal   a part of the weights scaled down, at every position; with its mean output kept; where it fires alone
+  C. Removal   a part of the weights scaled down, everywhere; with its mean output kept; where it fires; a latent
   D. Ascent    gradient ascent on the loss of the secret, of all weights, of few, of low rank, of write vectors
 
 A model is anything with `hidden(tokens)` [B, T, d_model], `unembedding` [vocab, d_model] and a call that gives logits.
@@ -19,6 +19,7 @@ from torch import Tensor
 from eval import Run
 from losses import kl_divergence
 from model import GPT, Decomposition
+from studies.dictionary import PLT, mlps_answered, mlps_of, original
 from studies.weights import Piece, logits_with, removed
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,6 +116,26 @@ def gains_of_units(target: GPT, units: Sequence[Columns], G: Mapping[str, Tensor
     return torch.stack([product[name][first:end].sum() for name, first, end in units]).detach()
 
 
+def gains_of_latents(target: GPT, dictionary: PLT, prefix: Tensor, secret: Tensor) -> Tensor:
+    """The same of the latents of a transcoder, layer by layer, [n D]: what log p loses if a latent writes no more.
+
+    Latent i of MLP l adds h_i W_dec_i to its output: gain_i = sum_t h_i W_dec_i . d log p / d y, at the target itself.
+    """
+    tokens, mlps = torch.cat((prefix, secret))[None], mlps_of(target)
+    with torch.enable_grad():
+        m = [torch.zeros(W.shape[0], dtype=W.dtype, device=W.device, requires_grad=True) for W in dictionary.W_dec]
+
+        def answer(l: int, x: Tensor) -> Tensor:
+            h = dictionary.codes(l, x.detach())
+            return original(mlps[l], x) + (m[l] * h) @ dictionary.own_decoder(l)
+
+        with mlps_answered(target, answer):
+            hidden = target.hidden(tokens[:, :-1])[0, len(prefix) - 1 :]
+        log_q = F.linear(hidden, target.unembedding).log_softmax(-1)
+        grads = torch.autograd.grad(log_q.gather(-1, secret[:, None]).sum(), m)
+    return torch.cat(grads)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # C. Removal
 
@@ -160,6 +181,31 @@ class WhereItFires:
         m = torch.ones(*g.shape[:-1], g.shape[-1] + self.run.decomposition.L, device=g.device)
         m[..., self.columns] = (g[..., self.columns] == 0).float()
         return self.run.decomposition(tokens, m)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.hidden(tokens), self.unembedding)
+
+
+class WithoutLatents:
+    """The target, of which each MLP's output lacks what these latents of a transcoder write: y_l - sum_i h_i W_dec_i.
+
+    latents: numbers among all, layer by layer. It is no edit of weights either, as it needs the transcoder.
+    """
+
+    def __init__(self, target: GPT, dictionary: PLT, latents: Sequence[int]) -> None:
+        self.target, self.dictionary, self.unembedding = target, dictionary, target.unembedding
+        D = dictionary.settings.D
+        self.latents = [[i - l * D for i in latents if i // D == l] for l in range(dictionary.n)]
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        mlps = mlps_of(self.target)
+
+        def answer(l: int, x: Tensor) -> Tensor:
+            h = self.dictionary.codes(l, x)[..., self.latents[l]]
+            return original(mlps[l], x) - h @ self.dictionary.own_decoder(l)[self.latents[l]]
+
+        with mlps_answered(self.target, answer):
+            return self.target.hidden(tokens)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return F.linear(self.hidden(tokens), self.unembedding)

@@ -1,5 +1,6 @@
 """Memory of a string: metrics by hand, gains against central differences, removals against masks; the study, tiny."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,7 +19,7 @@ import train_target
 from canaries import Canary
 from flags import UserError
 from model import GPT, GPTConfig
-from studies import forget, memory
+from studies import dictionary, forget, memory
 from studies.forget import Config, Half, Method, by_gain, chosen, grid, interval, is_forgotten, split
 from studies.memory import Memory, exposure, log_p, matched
 from studies.weights import edited_target, logits_with
@@ -152,6 +153,25 @@ def test_nothing_removed_is_the_target_itself(exact, tokens):
         close(W, removal[name], atol=1e-15, rtol=0)
 
 
+def test_the_gain_of_a_latent_is_the_slope_in_what_it_writes(exact, prefix, secret):
+    target = exact.target
+    plt = dictionary.new(dictionary.Settings(D=6, k=3), target).double().requires_grad_(False)
+    gains = memory.gains_of_latents(target, plt, prefix, secret)
+    tokens = torch.cat((prefix, secret))[None]
+
+    def value(i: int, share: float) -> torch.Tensor:
+        """log p where `share` of what latent i writes is taken away."""
+        scaled = copy.deepcopy(plt)
+        scaled.W_dec[i // 6][i % 6] *= share
+        logits = memory.WithoutLatents(target, scaled, [i])(tokens[:, :-1])[0, len(prefix) - 1 :]
+        return logits.log_softmax(-1).gather(-1, secret[:, None]).sum()
+
+    assert gains.shape == (12,) and gains.abs().max() > 0
+    for i in range(12):
+        close(gains[i], (value(i, -1e-5) - value(i, 1e-5)) / 2e-5, atol=1e-7, rtol=1e-5)
+    assert torch.equal(memory.WithoutLatents(target, plt, [])(tokens), target(tokens))
+
+
 def test_a_column_removed_is_zero_and_the_rest_is_left_alone(exact):
     weights = memory.without_columns(exact.target, [("blocks.0.mlp.down", 3, 4), ("blocks.0.mlp.down", 7, 9)])
     W = exact.W("blocks.0.mlp.down")
@@ -276,7 +296,7 @@ def test_grid_and_interval():
 # The study
 
 DOSES = "0,3,4,0,3,4"
-QUICK = dict(windows=2, secrets=8, steps=2, posthoc_steps=2)
+QUICK = dict(windows=2, secrets=8, steps=2, posthoc_steps=2, plt_steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ USUAL = {
     ],
     studies.sharing: ["fuzzed", "--windows=2", "--steps=1", "--more=2", "--starts=1"],
     studies.circuits: ["fuzzed", "--prompt=import", "--steps=1", "--coefficients=1"],
-    studies.forget: ["fuzzed", "--windows=2", "--secrets=4", "--steps=1", "--posthoc_steps=1"],
+    studies.forget: ["fuzzed", "--windows=2", "--secrets=4", "--steps=1", "--posthoc_steps=1", "--plt_steps=1"],
     studies.rules: ["fuzzed", "--tokens=64", "--shuffles=19"],
     studies.steer: ["fuzzed", "--windows=4", "--prompts=2"],
     studies.edit: ["fuzzed", "--subcomponent=1.mlp.down:0", "--scale=0", "--windows=4"],
