@@ -425,7 +425,7 @@ METHODS = {
     "neurons and heads": Method(neurons_and_heads, grid(floor=FLOORS, mean=(False, True))),
     "latents of transcoders (no edit)": Method(latents, grid(floor=FLOORS)),
     "gradient ascent": Method(all_weights, grid(lr=(1e-4, 1e-3, 1e-2))),
-    "gradient ascent + KL": Method(all_weights, grid(lr=(3e-4, 1e-3, 3e-3), beta=(1.0, 10.0))),
+    "gradient ascent + KL": Method(all_weights, grid(lr=(3e-4, 1e-3, 3e-3), beta=(10.0, 100.0))),
     "LoRA + KL": Method(
         lora, grid(where=("1.mlp.down", "all"), rank=(1, 4), lr=(3e-3, 1e-2), beta=(10.0,))
     ),
@@ -597,10 +597,28 @@ def mean_of(results: Sequence[dict], what: str, last: int | None = None) -> floa
     return float(np.mean(values)) if values else math.nan
 
 
+def unmatched(result: dict) -> float:
+    """The KL of the first edit after which greedy continuation gives no token of the secret; nan if none does."""
+    return next((p["kl"] for p in result["points"] if p["matched"] == 0), math.nan)
+
+
 def table(found: dict) -> str:
     """forget.json for a person: means over the canaries of half B."""
-    head = ("", "forgot", "strength", "rank", "KL", "95 %", "dCE", "others", "in text", "relearned", "seconds")
-    form = "{:36s} {:>7s} {:>9s} {:>5s} {:>8s} {:>15s} {:>7s} {:>8s} {:>8s} {:>9s} {:>8s}"
+    head = (
+        "",
+        "forgot",
+        "strength",
+        "rank",
+        "KL, no match",
+        "KL",
+        "95 %",
+        "dCE",
+        "others",
+        "in text",
+        "relearned",
+        "seconds",
+    )
+    form = "{:36s} {:>7s} {:>9s} {:>5s} {:>12s} {:>8s} {:>15s} {:>7s} {:>8s} {:>8s} {:>9s} {:>8s}"
     lines = [form.format(*head)]
     for name, judged in found["judged"].items():
         results = list(judged["results"].values())
@@ -611,7 +629,7 @@ def table(found: dict) -> str:
         numbers = [mean_of(results, what) for what in ("rank", "dce", "others", "in_text")]
         lines.append(form.format(
             name, f"{sum(r['forgotten'] for r in results)} of {len(results)}", strengths, f"{numbers[0]:.0f}",
-            f"{np.mean(kls):.4f}", f"{low:.4f}-{high:.4f}", f"{numbers[1]:+.3f}", f"{numbers[2]:+.2f}",
+            f"{np.mean([unmatched(r) for r in results]):.4f}", f"{np.mean(kls):.4f}", f"{low:.4f}-{high:.4f}", f"{numbers[1]:+.3f}", f"{numbers[2]:+.2f}",
             f"{numbers[3]:.1f}", f"{mean_of(results, 'relearned', -1):.2f}",
             f"{np.mean(seconds):.1f}" if seconds else "",
         ))  # fmt: skip
@@ -659,7 +677,8 @@ def open_lab(config: Config) -> Lab:
     folder = run.folder / "forget"
     folder.mkdir(exist_ok=True)
     settings = {
-        name: getattr(config, name) for name in ("windows", "secrets", "steps", "posthoc_steps", "plt_steps", "seed")
+        name: getattr(config, name)
+        for name in ("windows", "secrets", "steps", "posthoc_steps", "plt_steps", "retrain", "seed")
     }
     kept = Kept(folder / "kept.json", {"run_mark": run.mark} | settings)
     mean_g = evaluated_importances(run, corpus)[0]
