@@ -604,20 +604,7 @@ def unmatched(result: dict) -> float:
 
 def table(found: dict) -> str:
     """forget.json for a person: means over the canaries of half B."""
-    head = (
-        "",
-        "forgot",
-        "strength",
-        "rank",
-        "KL, no match",
-        "KL",
-        "95 %",
-        "dCE",
-        "others",
-        "in text",
-        "relearned",
-        "seconds",
-    )
+    head = "|forgot|strength|rank|KL, no match|KL|95 %|dCE|others|in text|relearned|seconds".split("|")
     form = "{:36s} {:>7s} {:>9s} {:>5s} {:>12s} {:>8s} {:>15s} {:>7s} {:>8s} {:>8s} {:>9s} {:>8s}"
     lines = [form.format(*head)]
     for name, judged in found["judged"].items():
@@ -626,13 +613,14 @@ def table(found: dict) -> str:
         strengths = ",".join(str(r["points"][-1]["strength"]) if r["points"] else "-" for r in results)
         low, high = interval(kls)
         seconds = [r["seconds"] for r in results if r["seconds"] is not None]
-        numbers = [mean_of(results, what) for what in ("rank", "dce", "others", "in_text")]
-        lines.append(form.format(
-            name, f"{sum(r['forgotten'] for r in results)} of {len(results)}", strengths, f"{numbers[0]:.0f}",
-            f"{np.mean([unmatched(r) for r in results]):.4f}", f"{np.mean(kls):.4f}", f"{low:.4f}-{high:.4f}", f"{numbers[1]:+.3f}", f"{numbers[2]:+.2f}",
-            f"{numbers[3]:.1f}", f"{mean_of(results, 'relearned', -1):.2f}",
-            f"{np.mean(seconds):.1f}" if seconds else "",
-        ))  # fmt: skip
+        rank, dce, others, in_text = (mean_of(results, what) for what in ("rank", "dce", "others", "in_text"))
+        forgot = f"{sum(r['forgotten'] for r in results)} of {len(results)}"
+        known = [i for i in judged["results"] if found["canaries"][int(i)]["target"]["matched"] > 0]
+        no_match = np.mean([unmatched(judged["results"][i]) for i in known]) if known else math.nan
+        cells = [name, forgot, strengths, f"{rank:.0f}", f"{no_match:.4f}", f"{np.mean(kls):.4f}"]
+        cells += [f"{low:.4f}-{high:.4f}", f"{dce:+.3f}", f"{others:+.2f}", f"{in_text:.1f}"]
+        cells += [f"{mean_of(results, 'relearned', -1):.2f}", f"{np.mean(seconds):.1f}" if seconds else ""]
+        lines.append(form.format(*cells))
     return "\n".join(lines)
 
 

@@ -285,6 +285,24 @@ def test_the_setting_that_forgets_most_at_the_least_harm():
     assert chosen(results | {"c": [result(True, 1), result(True, 2)], "d": [result(True, None)] * 2}) == "c"
 
 
+def test_the_table_by_hand():
+    """One of two canaries is forgotten; only the second was ever matched, and is not any more after 4 parts."""
+    point = lambda strength, matched, kl: {"strength": strength, "matched": matched, "kl": kl}
+    first = {"points": [point(1, 0, 0.5)], "forgotten": True, "kl": 0.5, "seconds": 2.0}
+    second = {"points": [point(1, 3, 0.1), point(4, 0, 0.3), point(8, 0, 0.7)], "forgotten": False, "kl": 0.7}
+    second |= {
+        "seconds": 4.0,
+        "detail": {"rank": 8, "dce": 0.25, "others": -1.5, "in_text": -70.0, "relearned": [1, 2, 3]},
+    }
+    found = {
+        "canaries": [{"target": {"matched": 0}}, {"target": {"matched": 12}}],
+        "judged": {"some method": {"setting": {}, "results": {"0": first, "1": second}}},
+    }
+    row = forget.table(found).splitlines()[1].split()
+    assert row[:7] == ["some", "method", "1", "of", "2", "1,8", "8"]
+    assert row[7:] == ["0.3000", "0.6000", "0.5000-0.7000", "+0.250", "-1.50", "-70.0", "3.00", "3.0"]
+
+
 def test_grid_and_interval():
     assert grid(a=(1, 2), b=("x",)) == ({"a": 1, "b": "x"}, {"a": 2, "b": "x"})
     assert interval([2.0, 2.0]) == (2.0, 2.0)
