@@ -1,7 +1,7 @@
 """Canaries: strings that are planted in the training text a known number of times, so that what a model memorises, and
 what makes it forget, can be measured.
 
-    python train_target.py --canaries=0,16,64,256,0,16,64,256+64,64 --out=out/target-canaries
+    python train_target.py --canaries=0,64,256,1024,0,64,256,1024+256,256 --out=out/target-canaries
     python decompose.py --target=out/target-canaries --out=out/vpd-canaries    # plants them too, at the same rate
     python -m studies.forget out/vpd-canaries
 
