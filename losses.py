@@ -204,10 +204,11 @@ ADAM_EPS = 1e-8
 
 
 def adam_ascent(
-    r: Tensor, grad_r: Tensor, mom1: Tensor, mom2: Tensor, count: Tensor, lr: Tensor, beta1: float, beta2: float
+    r: Tensor, grad_r: Tensor, mom1: Tensor, mom2: Tensor, count: Tensor, lr: Tensor, n: float, beta1, beta2
 ) -> None:
-    """One Adam step uphill, in place, then r is clamped to [0, 1]. count and lr are scalars, the rest of one shape."""
+    """One Adam step uphill along grad_r / n, in place, then r is clamped to [0, 1]. count and lr are scalar tensors."""
     count += 1
+    grad_r = grad_r / n  # here, as compiled code makes it part of the one pass over r and its moments
     mom1.lerp_(grad_r, 1 - beta1)
     mom2.lerp_(grad_r.square(), 1 - beta2)
     size = lr / (1 - beta1**count)
@@ -252,14 +253,14 @@ class Adversary:
         return torch.autograd.grad(loss(r), r)[0]
 
     @torch.no_grad()
-    def ascend(self, grad_r: Tensor, lr: float) -> None:
-        """r <- clamp(r + lr * Adam(grad_r), 0, 1), for the gradient of this process's loss; fresh: r + fresh * sign."""
-        grad_r = distributed.mean(grad_r) if self.shared else grad_r / distributed.world()  # of the whole batch's loss
+    def ascend(self, grad_r: Tensor, lr: float, beta: float = 1.0) -> None:
+        """r <- clamp(r + lr * Adam(grad_r / beta), 0, 1), for the gradient of beta times this process's loss."""
+        n = beta if self.shared else beta * distributed.world()  # the gradient of the whole batch's loss
+        grad_r, lr = distributed.mean(grad_r) if self.shared else grad_r, torch.full((), lr, device=self.r.device)
         if self.fresh:
             self.r.add_(grad_r.sign(), alpha=self.fresh).clamp_(0, 1)
             return
-        lr = torch.full((), lr, device=self.r.device)
-        self.update(self.r, grad_r, self.mom1, self.mom2, self.count, lr, *self.betas)
+        self.update(self.r, grad_r, self.mom1, self.mom2, self.count, lr, n, *self.betas)
 
     def state_dict(self) -> dict[str, Tensor]:
         """In the first process r and its moments are those of the whole batch: to be called by all."""

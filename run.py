@@ -139,6 +139,11 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16(device))
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same on the device. To a GPU from pinned memory, as the host would wait there for the GPU otherwise."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 COMPILING_PAYS = 3_000  # steps of the default run on a CPU that earn back the minutes that compiling takes
 COMPILING_PAYS_MINUTES = 6.0  # and what they take
 
@@ -166,13 +171,16 @@ def wants_compile(wanted: bool | Literal["auto"], device: torch.device, steps: i
     return True
 
 
+GPU_MODE = None  # torch.compile's mode on a GPU; `bench.step --graphs=True` also times "reduce-overhead": CUDA graphs
+
+
 def compiled(function: Callable, recomputes: bool = False) -> Callable:
     """torch.compile for one shape. On a CPU, where a small step is a thousand short calls, C++ makes them.
 
     recomputes: the function recomputes attention in its backward pass, which that C++ cannot (PyTorch 2.13).
     """
     if torch.cuda.is_available():
-        return torch.compile(function, dynamic=False)
+        return torch.compile(function, dynamic=False, mode=GPU_MODE)
     keep_freed_memory()
     return torch.compile(function, dynamic=False, options=None if recomputes else {"cpp_wrapper": True})
 

@@ -480,6 +480,16 @@ def test_adversary_goes_on_from_its_saved_state():
     assert torch.equal(other.r, ours.r)
 
 
+def test_the_ascent_takes_the_gradient_of_beta_times_the_loss():
+    after = []
+    for beta in (1.0, 0.3):
+        adversary = Adversary((2, 3), 5, torch.Generator().manual_seed(0))
+        grad_r = torch.randn(adversary.r.shape, generator=torch.Generator().manual_seed(1))
+        adversary.ascend(beta * grad_r, 0.05, beta)
+        after.append(adversary.r)
+    assert torch.allclose(*after, rtol=0, atol=1e-6)
+
+
 def test_sources_of_another_shape_are_refused():
     adversary = losses.Adversary((2, 5), 8, torch.Generator())
     other = losses.Adversary((2, 5), 8, torch.Generator(), scope="batch").state_dict()

@@ -55,7 +55,7 @@ def named(args: str) -> str:
         ("--scale=tiny --T=8", "out/target-words-tiny-T8"),
         ("--scale=published", "out/target-words-published"),
         ("--dataset=pile", "out/target-words"),
-        ("--dataset=pile --scale=gpu", "out/target-words"),  # that of a set of the hub
+        ("--dataset=pile --scale=hour", "out/target-words"),  # that of a set of the hub
         ("--dataset=pile --scale=laptop", "out/target-words-laptop"),
         # Where it runs and how often it saves make no other target; the tokens are in the name of the corpus
         ("--device=cpu --data_dir=elsewhere --save_every=7 --max_tokens=1000", "out/target-words"),
@@ -69,7 +69,7 @@ def test_default_folder(args, folder):
 def test_settings_of_a_scale():
     assert train_target.Config().defaults() == train_target.Config(scale="laptop")
     pile = train_target.Config(dataset="pile").defaults()
-    assert (pile.scale, pile.d_model, pile.max_tokens) == ("gpu", 768, 10**9)
+    assert (pile.scale, pile.d_model, pile.max_tokens) == ("hour", 512, 3 * 10**8)
     assert train_target.Config(dataset="pile", scale="tiny").defaults().max_tokens == 20_000_000  # never all, unasked
     assert train_target.Config(scale="published").defaults().n_layer == 4
 
