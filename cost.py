@@ -7,8 +7,8 @@ holds inside itself, the allocator's rounding, messages between processes, and w
 
 import os
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import torch
@@ -37,16 +37,22 @@ class Cost:
     peak: int  # bytes, the most on top of them
     flops: int  # of matrix products and attention
     moved: int  # bytes read and written
+    calls: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)  # both, of each operation
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float, products: bool = False) -> float:
+        """Of its operations, or of its products, one after the other: each by the slower of computing and moving."""
+        calls = [(flops, moved) for flops, moved in self.calls if flops or not products]
+        return sum(max(flops / flops_per_s, moved / bytes_per_s) for flops, moved in calls)
 
 
 class Watch(TorchDispatchMode):
     """Sees every operation, and follows every storage from the operation that makes it to its end."""
 
-    alive = least = most = flops = moved = 0
+    alive = least = most = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.storages = {}
+        self.storages, self.calls = {}, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:  # asked so often that it took a third of the time
@@ -55,10 +61,14 @@ class Watch(TorchDispatchMode):
         if not func.is_view:
             made = tensors(out)
             new = [self.follow(tensor.untyped_storage()) for tensor in made]
+            if out is None:  # a fused optimiser, say, returns nothing and changes what it is given
+                made = [t for arg, a in zip(func._schema.arguments, args) if arg.is_write for t in tensors(a)]
+            flops = moved = 0
             if any(new) or func._schema.is_mutable:  # otherwise it is a view by another name
-                self.moved += sum(t.numel() * t.element_size() for t in [*tensors(args), *made])
+                moved = sum(t.numel() * t.element_size() for t in [*tensors(args), *made])
             if func._overloadpacket in FORMULAS:
-                self.flops += FORMULAS[func._overloadpacket](*args, **kwargs, out_val=out)
+                flops = FORMULAS[func._overloadpacket](*args, **kwargs, out_val=out)
+            self.calls.append((flops, moved))
         return out
 
     def follow(self, storage: torch.UntypedStorage) -> bool:
@@ -75,7 +85,7 @@ class Watch(TorchDispatchMode):
         self.least = min(self.least, self.alive)
 
 
-def counted(make: Callable[[], list[Callable[[], object]]], bf16: bool = False, again: bool = True) -> list[Cost]:
+def counted(make: Callable[[], Iterable[Callable[[], object]]], bf16: bool = False, again: bool = True) -> list[Cost]:
     """The cost of each call that make() returns, in a process by itself. torch's random state stays as it was.
 
     make: builds all that the calls need, on the CPU. bf16: as on a GPU that computes in bf16. again: a call is made
@@ -88,9 +98,10 @@ def counted(make: Callable[[], list[Callable[[], object]]], bf16: bool = False, 
         with FakeTensorMode(allow_non_fake_inputs=True), watch:
             for call in make():
                 for _ in range(1 + again):
-                    watch.least, watch.most, watch.flops, watch.moved = watch.alive, watch.alive, 0, 0
+                    watch.least, watch.most, watch.calls = watch.alive, watch.alive, []
                     call()
-                costs.append(Cost(watch.least, watch.most - watch.least, watch.flops, watch.moved))
+                flops, moved = map(sum, zip(*watch.calls, (0, 0)))
+                costs.append(Cost(watch.least, watch.most - watch.least, flops, moved, tuple(watch.calls)))
     return costs
 
 

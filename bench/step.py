@@ -36,6 +36,8 @@ import train_target
 from bench.naive import NaiveVPD
 from model import GPT, GPTConfig
 
+SIZES = {"default": "laptop", "pile2": "gpu", "paper4": "published"}  # and the scale that each is of
+
 
 @dataclass(frozen=True)
 class Config:
@@ -43,7 +45,9 @@ class Config:
     steps: int = 20  # timed rounds, after 3 to warm up
     compile: bool | Literal["auto"] = "auto"  # auto: where a compiler works
     memory_budget: float | Literal["auto"] = "auto"  # as in decompose.py; auto: that of the size
+    graphs: bool = False  # replay CUDA graphs: the compiler's mode "reduce-overhead", on a GPU
     naive: bool = True  # time and measure the naive step as well
+    shares: bool = True  # time the parts of a step as well; they need more memory than the step
     B: int = 0  # sequences a step; 0: that of the size
     T: int = 0  # tokens a sequence; 0: that of the size
     scale: float = 1.0  # factor on widths, C and the vocabulary, at most 4
@@ -56,13 +60,15 @@ class Config:
         flags.require(self, "0 or above", "B", "T")
         if self.memory_budget != "auto":
             flags.require(self, "between 0 and 1", "memory_budget")
+        if self.graphs and not torch.cuda.is_available():
+            raise flags.UserError("graphs=True: there is no GPU here")
         if self.scale > 4:
             raise flags.UserError(f"scale={self.scale}: must be at most 4")
 
 
 def sizes(config: Config, C_factor: float = 1.0) -> tuple[decompose.Config, GPTConfig]:
     """The settings of the run and the shape of its target, `scale` times as wide; C_factor is one more on C alone."""
-    name = {"default": "laptop", "pile2": "gpu", "paper4": "published"}[config.size]
+    name = SIZES[config.size]
     settings, target = decompose.Config(**decompose.SCALES[name]), train_target.Config(**train_target.SCALES[name])
 
     def wide(n: int, multiple_of: int = 1, factor: float = config.scale) -> int:
@@ -107,7 +113,7 @@ def matmul(device: torch.device) -> tuple[Callable[[], object], float]:
 
 
 def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
-    """The parts of a step by themselves, each with its backward pass; together about a step."""
+    """The parts of a step by themselves, in its order, each with its backward pass; together about a step."""
     c, f, adversary, (p, adv_lr) = vpd.config, vpd.decomposition, vpd.adversary, vpd.schedule()
     target_output, g, g_upper = (t.detach() for t in vpd.importances(x))
     leaf, g_upper = g.clone().requires_grad_(), g_upper.requires_grad_()
@@ -116,6 +122,11 @@ def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
         first, second = ([part[i::2] for part in first] for i in (0, 1))
     routing, fixed = losses.sample_routing((c.S, *second[0].shape), f.L, vpd.generator), [a.detach() for a in first]
     r_stoch, grad_r = torch.rand_like(adversary.r), torch.rand_like(adversary.r)
+
+    def target_and_gamma() -> None:
+        for optimizer in vpd.rates:
+            optimizer.zero_grad()
+        torch.autograd.backward(vpd.importances(x)[1:], [torch.ones_like(g)] * 2)
 
     def inner() -> None:
         of_r = lambda r: vpd.reconstruction(*fixed, r, None, frozen=True)
@@ -130,10 +141,10 @@ def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
         adversary.ascend(grad_r, adv_lr)
         nn.utils.clip_grad_norm_(f.subcomponents(), c.clip)
         for optimizer in vpd.rates:
-            optimizer.step(), optimizer.zero_grad()
+            optimizer.step()
 
     return {
-        "target and Gamma": lambda: torch.autograd.backward(vpd.importances(x)[1:], [torch.ones_like(g)] * 2),
+        "target and Gamma": target_and_gamma,
         f"{c.n_adv - 1} inner ascents": inner,
         "two reconstructions": reconstructions,
         "penalties": lambda: sum(vpd.penalties(g_upper, p)).backward(),
@@ -144,28 +155,37 @@ def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
 def measure(config: Config, settings: decompose.Config, gpt: GPTConfig, compiled: bool, device: torch.device) -> dict:
     """What --json prints: seconds (medians over the rounds; spread_s: least and most), bytes, FLOPs."""
     B, T, plain = settings.B, settings.T, replace(settings, memory_budget=1.0)
+    both = [plain] if settings == plain else [plain, settings]
     checkpoint = {"gpt": asdict(gpt), "model": GPT(gpt).state_dict()}
     x = torch.randint(0, gpt.vocab_size, (B, T), device=device)
     steps = {"step": decompose.build(settings, checkpoint, device, compiled)[0]}
     if config.naive:
         other, _ = decompose.build(plain, checkpoint, device)
         steps["naive"] = NaiveVPD(other.decomposition, other.ci_fn, plain, (B, T), device)
-    calls = {name: lambda one=one: one.train_step(x) for name, one in steps.items()}
+
+    def call(one) -> None:
+        if run.GPU_MODE:  # what the graphs of the step before gave may be written over
+            torch.compiler.cudagraph_mark_step_begin()
+        one.train_step(x)
+
+    calls = {name: lambda one=one: call(one) for name, one in steps.items()}
     first, peak = sum(seconds(calls["step"], device) for _ in range(3)), {}
     for name, one in steps.items():
         one.train_step(x), one.optimizer.zero_grad()  # the gradients that a step makes are counted with it
         peak[name] = peak_bytes(calls[name], device)
     calls["matmul"], product_flops = matmul(device)
-    calls |= (of_a_step := parts(steps["step"], x))
-    for call in calls.values():  # warm up
+    calls |= (of_a_step := parts(steps["step"], x) if config.shares else {})
+    for one in calls.values():  # warm up
         for _ in range(3):
-            seconds(call, device)
-    rounds = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(config.steps)]
+            seconds(one, device)
+    rounds = [{name: seconds(one, device) for name, one in calls.items()} for _ in range(config.steps)]
     median = {name: statistics.median(row[name] for row in rounds) for name in calls}
 
-    flops = cost.counted(lambda: decompose.trial(plain, gpt, torch.device("cpu")), run.bf16(device))[0].flops
+    one = [cost.counted(lambda: decompose.trial(c, gpt, torch.device("cpu"))[:1], run.bf16(device))[0] for c in both]
+    flops, counted = one[0].flops, one[-1]
     rate, step_s, times = product_flops / median["matmul"], median["step"], [row["step"] for row in rounds]
     m = {"size": config.size, "B": B, "T": T, "C": sum(steps["step"].decomposition.C.values()), "scale": config.scale}
+    m |= {"held_bytes": counted.held, "counted_peak_bytes": counted.peak, "graphs": config.graphs}
     m |= {"memory_budget": settings.memory_budget, "device": str(device), "compile": compiled, "first_three_s": first}
     m |= {"step_s": step_s, "spread_s": [min(times), max(times)], "tokens_per_s": B * T / step_s}
     m |= {"peak_bytes": peak["step"], "flops": flops, "matmul_flops_per_s": rate, "mfu": flops / step_s / rate}
@@ -194,7 +214,9 @@ def text(m: dict) -> str:
         naive = (m[f"naive_{name}"] for name in ("step_s", "mfu", "peak_bytes"))
         lines.append(line("naive step, eager", *naive, "ours: " + less))
     parts = [f"  {name:22s} {1e3 * t:8.1f} {t / m['step_s']:27.0%} of a step" for name, t in m["parts"].items()]
-    return "\n".join([*lines, "parts, each by itself:", *parts])
+    counted = f"peak by count, of an eager step: {m['counted_peak_bytes'] / 1e6:.1f} MB, on top of "
+    counted += f"{m['held_bytes'] / 1e6:.1f} MB of weights, moments and sources"
+    return "\n".join([*lines, counted, *(["parts, each by itself:"] if parts else []), *parts])
 
 
 def sweep(config: Config, compiled: bool, device: torch.device) -> None:
@@ -224,6 +246,7 @@ def sweep(config: Config, compiled: bool, device: torch.device) -> None:
 
 def main(config: Config) -> None:
     device, (settings, gpt) = run.pick_device(config.device), sizes(config)
+    run.GPU_MODE = "reduce-overhead" if config.graphs else None
     wanted = config.compile is True if config.sweep else config.compile  # nine sizes would be compiled nine times
     with contextlib.redirect_stdout(sys.stderr):
         compiled = run.wants_compile(wanted, device, run.COMPILING_PAYS)

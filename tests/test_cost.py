@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import one_line
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +20,7 @@ import run
 import train_target
 from bench import plan
 from bench.step import peak_bytes
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 SMALL = GPTConfig(vocab_size=300, context=32, n_layer=1, n_head=2, d_model=32, d_mlp=64)
@@ -252,6 +253,65 @@ def test_plan_finds_the_fewest_gpus(room, gpus, each, monkeypatch, capsys):
     assert float(of_1[-1]) == pytest.approx(days, abs=0.05)
 
 
+def test_seconds_are_the_slower_of_computing_and_moving():
+    """Of each operation by itself, at 100 FLOP/s and 10 bytes/s: 5, 2 and 3 s, of which the last has no product."""
+    one = cost.Cost(0, 0, 600, 80, ((500, 30), (100, 20), (0, 30)))
+    assert one.seconds(100, 10) == 5 + 2 + 3 and one.seconds(100, 10, products=True) == 5 + 2
+
+
+def test_an_optimiser_that_returns_nothing_has_written():
+    """Fused AdamW reads weight, gradient and two moments, and writes each: 8 x 4 bytes, of 1000 weights."""
+
+    def make() -> list:
+        weight = torch.zeros(1000, requires_grad=True)
+        weight.grad = torch.zeros(1000)
+        return [torch.optim.AdamW([weight], fused=True).step]
+
+    (one,) = cost.counted(make)
+    assert 8 * 4000 <= one.moved < 8 * 4000 + 100
+
+
+def test_floor_of_a_step_by_hand():
+    """B x T = 2 x 3, C = 4 of 12 matrices: r has 2 * 3 * (48 + 12) entries, a pass 4 bytes each; two inner ascents."""
+    gpt = GPTConfig(vocab_size=20, context=3, n_layer=2, n_head=2, d_model=8, d_mlp=8)
+    c = small(B=2, T=3, C="*=4", halves=False, muon=0.0)
+    vpd, _ = decompose.build(c, {"gpt": vars(gpt), "model": GPT(gpt).state_dict()}, CPU)
+    one, weights = 4 * 2 * 3 * 60, 4 * sum(weight.numel() for weight in vpd.learning)
+    assert [*plan.passes(vpd).values()] == [5.5 * one, 2 * 12 * one, 13 * one, 3 * one, 7 * (one + weights)]
+    whole, parts = plan.counted_step(c, gpt)
+    assert sum(part.cost.flops for part in parts.values()) == whole.flops
+    for part in parts.values():
+        products = part.cost.seconds(1e12, 1e9, products=True)
+        assert part.floor(1e12, 1e9) == products + part.state / 1e9 < part.cost.seconds(1e12, 1e9)
+    halves, _ = decompose.build(replace(c, halves=True), {"gpt": vars(gpt), "model": GPT(gpt).state_dict()}, CPU)
+    inner, reconstructions = [*plan.passes(halves).values()][1:3]
+    assert (inner, reconstructions) == (12 * one, 13 * one / 2)  # half of the rows in each
+
+    table = plan.step_table("default", c, gpt, whole.flops, whole, parts)
+    assert len(table.splitlines()) == 2 + 5 + 1 + 2 and "at the floor" in table
+
+
+def test_an_hour_is_less_than_an_hour_by_count(monkeypatch, capsys):
+    """Made up: a target's step of 10 s, a step of 20; the hours of the scale's own steps."""
+    step = cost.Cost(2 * 10**9, 10**9, 1, 1, ((100, 0),))
+    monkeypatch.setattr(plan, "counted_target", lambda c, gpt: cost.Cost(10**9, 0, 1, 1, ((50, 0),)))
+    monkeypatch.setattr(plan, "counted_step", lambda c, gpt: (step, {"all": plan.Part(step, 0)}))
+    plan.main(plan.Config(scales="hour", gpu_flops=5, gpu_bytes=1))
+    hours = 12_000 * 10 / 3600, 24_000 * 20 / 3600
+    assert f"| `hour` | {hours[0]:.2f}, 1 | {hours[1]:.2f}, {hours[1]:.2f}, 3 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--step=huge", "--step=huge: must be '', 'default', 'pile2', 'paper4'"),
+        ("--scales=hour,day", "scales='hour,day': must be some of tiny,laptop,hour,gpu,published"),
+    ],
+)
+def test_bad_input_of_the_plan_ends_in_one_line(flag, message):
+    assert message in one_line(plan, flag)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The scales
 
@@ -261,7 +321,7 @@ def test_scales_are_whole_settings_and_follow_the_dataset(script):
     for scale in script.SCALES:
         script.Config(scale=scale, **script.SCALES[scale])
         assert set(script.SCALES[scale]) <= {f.name for f in fields(script.Config)}
-    for dataset, scale in {"stdlib": "laptop", "pile": "gpu", "hf:owner/set": "gpu"}.items():
+    for dataset, scale in {"stdlib": "laptop", "pile": "hour", "hf:owner/set": "hour"}.items():
         assert script.Config(dataset=dataset).defaults() == script.Config(scale=scale, **script.SCALES[scale])
     assert script.Config(dataset="pile", scale="laptop").defaults().max_tokens == 20_000_000
     assert script.Config(dataset="pile", scale="published").defaults().max_tokens == 15 * 10**8
