@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import TINY, TINY_TARGET, as_flags
 
+import bench.gpu
 import bench.models
 import bench.plan
 import bench.step
@@ -82,6 +83,7 @@ USUAL = {
     bench.step: ["--steps=1", "--scale=0.1", "--B=1", "--T=4", "--compile=False", "--naive=False"],
     bench.plan: [],
     bench.models: [],
+    bench.gpu: ["--tiny=True", "--minutes=0.001", "--out=gpu"],  # no time for any task
 }
 SLOW_FLAGS = (
     "compile",
@@ -133,6 +135,8 @@ def test_random_flags_of_every_script_run_or_end_in_one_line(home, monkeypatch, 
     monkeypatch.setattr(run, "interruptible", TwoSteps)
     monkeypatch.setattr(toys.__main__, "train", lambda toy, seed: toy.make())  # untrained: an answer is not asked for
     sizes = dict.fromkeys(("C", "target", "U, V", "Gamma"), 1)
+    monkeypatch.setattr(bench.plan, "counted_step", lambda *args: (Cost(1, 1, 1, 1), {}))
+    monkeypatch.setattr(bench.plan, "needed_flops", lambda *args: 1)
     monkeypatch.setattr(bench.plan, "counted", lambda *args: (Cost(1, 1, 1, 1), sizes))  # it takes minutes
     sizes_of_models = dict.fromkeys(("weights", "L", "C"), 1)
     monkeypatch.setattr(bench.models, "counted", lambda *args: (Cost(1, 1, 1, 1), sizes_of_models))

@@ -6,6 +6,7 @@ import typing
 import pytest
 
 import bench.frontier
+import bench.gpu
 import bench.models
 import bench.plan
 import bench.report
@@ -34,6 +35,7 @@ SCRIPTS = (
     train_target, decompose, evaluation, cluster, studies.report, studies.components, toys.__main__, bench.plan,
     bench.report, bench.step, bench.frontier, studies.rules, studies.sharing, studies.terms, studies.circuits,
     studies.edit, studies.export, studies.forget, studies.steer, studies.targeted, studies.dictionaries, bench.models,
+    bench.gpu,
 )  # fmt: skip
 SENSELESS = (float("nan"), float("inf"), -float("inf"), -1, 2**64)
 FINE = {("gamma", float("inf")), ("gamma", 2**64), ("ci_bias", -1)}  # greedy merging; any number that is not huge
