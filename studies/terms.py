@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.cluster.hierarchy import leaves_list, linkage
 
 from eval import Run, open_run, save_figure, subplots, validation_windows
 from flags import UserError, require
@@ -29,22 +30,10 @@ BIAS_LIKE = 0.3  # share of the positions
 
 
 def clustered_order(X: np.ndarray) -> list[int]:
-    """Rows of X [n, d] so that similar ones lie together: the leaves of a tree of average linkage by cosine.
-
-    The two groups with the largest mean cosine between their rows are joined, until one is left; n - 1 times O(n^2).
-    """
-    X = X / np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
-    similar, leaves, size = X @ X.T, [[i] for i in range(len(X))], np.ones(len(X))
-    np.fill_diagonal(similar, -np.inf)
-    for _ in range(len(X) - 1):
-        i, j = np.unravel_index(similar.argmax(), similar.shape)
-        similar[i] = (size[i] * similar[i] + size[j] * similar[j]) / (size[i] + size[j])
-        similar[:, i] = similar[i]
-        similar[i, i] = similar[j] = similar[:, j] = -np.inf
-        size[i] += size[j]
-        leaves[i] += leaves[j]
-        leaves[j] = []
-    return max(leaves, key=len)
+    """Rows of X [n, d] so that similar ones lie together: the leaves of a tree of average linkage by cosine."""
+    if len(X) < 2:
+        return list(range(len(X)))
+    return leaves_list(linkage(X + 1e-9, "average", metric="cosine")).tolist()  # the cosine of a row of zeros is none
 
 
 def importances(run: Run, windows: torch.Tensor) -> np.ndarray:
