@@ -48,9 +48,11 @@ class Config:
     B: int = decompose.Config.B  # sequences a step
     T: int = decompose.Config.T  # tokens a sequence
     memory_budget: float = 1.0  # as in decompose.py
+    muon: float = decompose.Config.muon  # as in decompose.py; 0: without its steps
 
     def __post_init__(self) -> None:
         require(self, "above 0", "B", "T")
+        require(self, "0 or above", "muon")
         require(self, "between 0 and 1", "memory_budget")
         if self.C != "auto":
             parse_counts("C", self.C)
@@ -67,7 +69,8 @@ def shape_of(name: str) -> dict[str, Any]:
 
 def counted(name: str, config: Config) -> tuple[cost.Cost, dict[str, int]]:
     """A step on it; and how many matrices, subcomponents and weights there are."""
-    settings = replace(decompose.Config(C=config.C), B=config.B, T=config.T, memory_budget=config.memory_budget)
+    settings = decompose.Config(C=config.C, muon=config.muon, memory_budget=config.memory_budget)
+    settings = replace(settings, B=config.B, T=config.T)
     found, shape = {}, pretrained.untrained(shape_of(name))
 
     def make() -> list:
