@@ -133,7 +133,7 @@ def total_gradients(decomposition: Decomposition, tokens: Tensor, y: int) -> Ten
     minus this.
     """
     m = ones(decomposition, 1, len(tokens)).requires_grad_()
-    output = decomposition(tokens[None], m, frozen=True)[0, -1] @ output_direction(decomposition, torch.tensor(y))
+    output = decomposition(tokens[None], m, frozen=True)[0, -1] @ output_direction(decomposition, torch.as_tensor(y))
     return torch.autograd.grad(output, m)[0][0]
 
 

@@ -377,7 +377,7 @@ def flops_a_token(settings: Settings, target: GPT) -> float:
     tokens = torch.zeros((1, settings.T), dtype=torch.long, device=target.unembedding.device)
     with cost.Watch() as watch:
         Training(settings, target).step(tokens, *target_pass(target, tokens))
-    return watch.flops / settings.T
+    return sum(flops for flops, _ in watch.calls) / settings.T
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def written(case):
     run, corpus = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "counted", lambda make, **options: [cost.Cost(0, 10**6, 0, 0)])
-        patch.setattr(circuits, "open_run", lambda *args: case)
+        patch.setattr(circuits, "open_run", lambda *args, **options: case)
         patch.setattr(behaviours, "SURE", 0.02)
         patch.setattr(importances, "DRAWS", 2)
         patch.setattr(importances, "JUDGES", {"adversarial": (2, 1.0, 1), "adversarial_20": (3, 0.1, 2)})
