@@ -375,7 +375,10 @@ def attempt(config: Config, task: str, seconds: float) -> str:
 
 def everything(config: Config) -> None:
     """All tasks of the parts, by the clock."""
-    Path(config.out).mkdir(parents=True, exist_ok=True)
+    folder = Path(config.out)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "results.jsonl").exists():
+        raise UserError(f"out={folder} is neither empty nor of bench.gpu: give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the task that runs ends too
     parts, began = config.parts.split(","), time.monotonic()
     end = began + 60 * config.minutes

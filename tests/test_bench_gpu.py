@@ -61,9 +61,16 @@ def test_the_command_at_a_tiny_size(home, tmp_path, monkeypatch, capsys):
     gpu.main(tiny(tmp_path, parts="e", minutes=3.0))
     assert "profile default: done" in capsys.readouterr().out
     found = gpu.read(tmp_path / "results.jsonl")["profile default"]
-    assert found["part"] == "e" and "--task='profile default'" in found["command"] and len(found["top"]) == 10
+    assert found["part"] == "e" and "'--task=profile default'" in found["command"] and len(found["top"]) == 10
     assert "ten most expensive kernels of `default`" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "profile-default.log").exists()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "text.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="is neither empty nor of bench.gpu"):
+        gpu.main(tiny(tmp_path, minutes=0.001))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ VARIANTS = [
     (False, {}),
     (True, {}),
     (True, {"adv_scope": "batch"}),
-    (True, {"adv_scope": "sequence"}),
+    (True, {"adv_scope": "sequence", "halves": False}),  # two rows each, so that Deal tells them from shared sources
     (True, {"adv_routing": "subset", "S": 2}),
 ]
 VARIANTS += [
@@ -38,7 +38,7 @@ VARIANTS += [
 ]  # (double precision, settings); 15: uneven parts
 VARIANTS += [(True, {"shard": True, "memory_budget": 0.0}), (True, {"beta_adv": 0.0})]
 VARIANTS += [
-    (True, {"adv_scope": "sequence", "adv_fresh": 0.5}),
+    (True, {"adv_scope": "sequence", "adv_fresh": 0.5, "halves": False}),
     (True, {"muon": 0.0, "halves": False}),
     (True, {"shard": True, "muon": 0.0, "clip_ci": 1e-3}),
 ]
@@ -233,7 +233,7 @@ def test_torchrun_to_the_table_and_resumed(home, shard):
     assert torch.load(home / halves / "checkpoint.pt", weights_only=True)["step"] == 4
     torchrun(home, script, f"--resume={halves}")
     once, twice = (torch.load(home / folder / "state.pt", weights_only=True)["vpd"] for folder in (whole, halves))
-    assert once["adversary"]["r"].shape[1] == B and len(once["generators"]) == 2
+    assert once["adversary"]["r"].shape[1] == B // 2 and len(once["generators"]) == 2
     assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(twice)))
     assert (home / whole / "metrics.jsonl").read_text() == (home / halves / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match="one process has nothing to divide" if shard else "that run had 2 processes"):
@@ -282,7 +282,7 @@ def test_two_processes_take_the_steps_that_the_first_finds(home):
 POISONED = """
 import torch
 torch.set_num_threads(1)
-import decompose, distributed, run
+import decompose, distributed, flags, run
 import cost
 from tiny import config
 cost.report = lambda *args: None
