@@ -85,6 +85,10 @@ def settings(Config: type, saved: dict) -> Any:
 
     TypeError if one is of another type.
     """
+    missing = [field.name for field in fields(Config) if field.name not in saved]
+    if missing and isinstance(saved, Saved):
+        lacks = f"it lacks {f'{saved.within}{missing[0]}'!r}"
+        raise UserError(f"{saved.path} is not whole: {lacks}, or it is of another version of this code")
     values = {field.name: saved[field.name] for field in fields(Config)}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for name, annotation in typing.get_type_hints(Config).items():

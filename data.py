@@ -94,7 +94,10 @@ def read_prompts(dataset: str, corpus: Corpus, T: int) -> Corpus:
         raise UserError(f"prompts={dataset!r}: {corpus.name} came as token ids, its vocabulary is unknown")
     if tokenise.hub_set(dataset):
         raise UserError(f"prompts={dataset!r}: must be a file or a folder of text, not a set of the hub")
-    found = list(tokenise.documents_of(dataset, tokenise.open_rows(dataset)))
+    try:
+        found = list(tokenise.documents_of(dataset, tokenise.open_rows(dataset)))
+    except UserError as error:
+        raise UserError(f"prompts={dataset!r}: {error}") from error
     if not found or not all(isinstance(text, str) for text in found):
         raise UserError(f"prompts={dataset!r} holds {'token ids, not' if found else 'no'} text")
     unique = list(dict.fromkeys(found))

@@ -98,8 +98,9 @@ class Config(Method):
     max_tokens: int = 0  # of the dataset, from its beginning; 0: all of it
     prompts: str = ""  # a targeted run: file or folder of text that half of each batch is; only what it needs is found
     data_dir: str = "data"  # where token files are kept
-    target: str = ""  # run folder of train_target.py; default out/target-<dataset>, trained first if it is not there;
-    # or another model: hf:<id>, or a folder with its config.json and safetensors
+    # Run folder of train_target.py; default out/target-<dataset>, trained first if it is not there. Or a model of
+    # transformers: hf:<id>, or a folder with its config.json and safetensors
+    target: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights of such a model; U, V and Gamma are in float32
     out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
     resume: str = ""  # run folder of an unfinished run to go on with; settings not given are read from it

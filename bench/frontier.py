@@ -1,6 +1,6 @@
 """A frontier, not a point: recipes side by side, each at three weights of sparsity, several seeds, in the same minutes.
 
-    python -m bench.frontier --minutes=8 --recipe='paper=' --recipe='wide=--B=4 --lr=2e-3' --flags='--data_dir=data'
+    python -m bench.frontier --minutes=8 --recipe='paper=--recipe=paper' --recipe='wide=--B=8' --flags='--data_dir=data'
 
 A recipe is a name and flags of decompose.py. Each runs at `factors` times its own beta_imp, with each seed, as an
 ordinary run folder below --out; what is finished there is not run again, and Ctrl-C loses at most the steps since the

@@ -93,9 +93,9 @@ def table(metrics: dict) -> str:
     rows = {
         "subcomponents that are needed at a token (L0)": f"{metrics['l0']['total']:.1f} of {metrics['live']['C']:,}",
         "subcomponents that are ever needed (live)": f"{metrics['live']['total']:,}",
-        "CE of the target, and with the important subcomponents alone": f"{ce['target']:.3f}, {ce['ci']:.3f}",
+        "CE of the target, and with the important subcomponents alone": f"{ce['target']:.3f}, {ce['rounded_0.0']:.3f}",
         "KL under random masks": f"{kl['stochastic']:.3f}",
-        "KL when the unimportant ones are cut to zero": f"{kl['ci']:.3f}",
+        "KL when the unimportant ones are cut to zero": f"{kl['rounded_0.0']:.3f}",
         f"KL under the worst masks that an adversary met ({n} steps)": f"{kl[f'adversarial_{n}_largest']:.3f}",
         "KL when everything is cut to zero": f"{kl['zero']:.3f}",
     }

@@ -1,6 +1,6 @@
 """What does a targeted run hold? What its prompts need, and how little it disturbs other text.
 
-    python -m studies.targeted out/vpd-stdlib    # of a run that was made with --prompts; 20 s on one CPU core
+    python -m studies.targeted out/targeted    # of a run that was made with --prompts; 20 s on one CPU core
 
 A targeted run (Vigouroux and Sharkey, arXiv 2607.13047) finds the subcomponents that its prompts need; Delta keeps the
 rest of the model. So two things must hold, on text that training has not seen:
