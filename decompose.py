@@ -395,7 +395,7 @@ def train(config: Config) -> Path | None:
     # Settings, processes, device
     saved, folder = None, Path(config.resume)
     if config.resume:
-        checkpoints.check_unchanged(config, before := config.defaults(), MAY_CHANGE)
+        checkpoints.check_unchanged(config, config.defaults(), MAY_CHANGE)
     device = run.pick_device(distributed.start(config.device))
     processes, first = run.check_processes(config.B, config.shard), distributed.rank() == 0  # the first one writes
     for name, value in (TARGETED if config.prompts else {}).items():
@@ -444,10 +444,14 @@ def train(config: Config) -> Path | None:
             vpd.load_state_dict(saved["vpd"])
     else:
         print(f"decompose: faithfulness {vpd.warm_up():.2e} after a warm-up of {config.faith_steps} steps")
-    batch = lambda: data.batch_of(texts, vpd.step, config)
-    planted = lambda: (schedule.plant(batch(), vpd.step) if schedule else batch())[:, :-1]
-    rows = lambda: run.sent(distributed.rows(planted()), device)
     schedule = None  # of canaries; the steps that are timed need none
+
+    def rows() -> Tensor:
+        """This process's rows [B, T] of the next step's batch."""
+        batch = data.batch_of(texts, vpd.step, config)
+        batch = schedule.plant(batch, vpd.step) if schedule else batch
+        return run.sent(distributed.rows(batch[:, :-1]), device)
+
     if config.minutes and not saved:
         before = distributed.shared(vpd.state_dict())  # the steps that are timed leave no trace
         steps = run.steps_that_fit(config.minutes, began, lambda: vpd.train_step(rows())["total"].item())
@@ -456,8 +460,8 @@ def train(config: Config) -> Path | None:
         run.write_config(folder, config, device)
     if config.canaries:
         schedule = canaries.of_stream(target_checkpoint, corpus, config.steps, config.B, config.T, config.seed)
-        if schedule and saved and config.steps != before.steps:
-            raise UserError(f"steps={config.steps}: canaries are spread over {before.steps} steps, which cannot change")
+        if schedule and saved and config.steps != (steps := saved["config"]["steps"]):
+            raise UserError(f"steps={config.steps}: canaries are spread over {steps} steps, which cannot change")
     about = {"config": asdict(config), "C": vpd.decomposition.C, "gamma": gamma, "target": target_checkpoint}
     about |= {"device": device.type, "processes": processes} | corpus.of_checkpoint()
     about |= {"prompts": texts[0].as_tensors()} if config.prompts else {}
