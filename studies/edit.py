@@ -574,7 +574,8 @@ def study(run: Run, corpus: data.Corpus, config: Config) -> dict:
     """study.json of a run; written after each piece and token, and gone on with where it was left."""
     path = run.folder / "edit" / "study.json"
     wanted = settings(run, config)
-    found = begun(path, wanted) or wanted | {"command": command(), "seconds": 0.0, "pieces": 0, "pairs": {}}
+    anew = {"command": command(), "seconds": 0.0, "pieces": 0, "pairs": {}}
+    found = weights.begun(path, wanted, "pairs", "pieces", "seconds") or wanted | anew
     if found["pieces"] >= config.pieces:
         print(f"{run.folder}: as measured before; to do so again, delete {path}")
         return found
@@ -605,16 +606,6 @@ def study(run: Run, corpus: data.Corpus, config: Config) -> dict:
     write_text(path, json.dumps(found, indent=1) + "\n")
     print(f"{run.folder}: {found['seconds']:.0f} s; written: {path}")
     return found
-
-
-def begun(path: Path, wanted: dict) -> dict | None:
-    """study.json, if it is there, readable, and of these settings."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        whole = {"pieces", "pairs", "seconds"} <= found.keys() and isinstance(found["pairs"], dict)
-        return found if whole and found | wanted == found else None
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -310,20 +310,11 @@ def settings(run: Run, config: Config) -> dict:
     }
 
 
-def begun(path: Path, wanted: dict) -> dict | None:
-    """steer.json, if it is there, readable, and of these settings."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        whole = {"whole", "concepts", "seconds"} <= found.keys() and isinstance(found["concepts"], dict)
-        return found if whole and found | wanted == found else None
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
-
-
 def study(run: Run, corpus: data.Corpus, config: Config) -> dict:
     """steer.json of a run; written after each concept, and gone on with where it was left."""
     path, wanted = run.folder / "steer" / "steer.json", settings(run, config)
-    found = begun(path, wanted) or wanted | {"command": command(), "seconds": 0.0, "whole": False, "concepts": {}}
+    anew = {"command": command(), "seconds": 0.0, "whole": False, "concepts": {}}
+    found = weights.begun(path, wanted, "concepts", "whole", "seconds") or wanted | anew
     if found["whole"]:
         print(f"{run.folder}: as measured before; to do so again, delete {path}")
         return found

@@ -5,12 +5,14 @@
   C. Reads     which direction tells firing positions from the others: a neuron, a singular vector, a mean
   D. Costs     KL in both directions, CE and a token's probability: where it fires, around, elsewhere; bootstrap
   E. Targets   an edited GPT, in memory and as a folder that decompose.py --target=... takes
+  F. Goes on   what a study that was stopped has measured already
 
 An edit holds at every position, whether or not anything fires there. Only W changes: Delta is what it was.
 """
 
 import copy
 import difflib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -365,3 +367,20 @@ def refuse_existing(folder: Path) -> None:
     """UserError if there is a folder, or a file, where an edited target is to be saved."""
     if folder.exists():
         raise UserError(f"save={folder} exists already: name a folder that does not")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# F. Goes on
+
+
+def begun(path: Path, wanted: dict, parts: str, *others: str) -> dict | None:
+    """A study's JSON to go on with, or None: if it is not there, not whole, or of other settings than `wanted`.
+
+    parts: the key of what is measured part by part, a dictionary. others: what else it must have.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        whole = {parts, *others} <= found.keys() and isinstance(found[parts], dict)
+        return found if whole and found | wanted == found else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None

@@ -282,4 +282,7 @@ def test_a_study_goes_on_where_it_was_left(home, sharp, easy, capsys, monkeypatc
     edit.main(Config(("edit-b", "edit-a"), **QUICK))
     assert capsys.readouterr().out.count("as measured before") == 2
     for change in (dict(seed=1), dict(windows=25), dict(steps=6)):
-        assert edit.begun(path, edit.settings(open_run("edit-a")[0], Config(("edit-a",), **QUICK | change))) is None
+        assert (
+            weights.begun(path, edit.settings(open_run("edit-a")[0], Config(("edit-a",), **QUICK | change)), "pairs")
+            is None
+        )

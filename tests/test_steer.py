@@ -200,7 +200,10 @@ def test_a_run_is_measured_once(home, whole, few, capsys, monkeypatch):
     assert json.loads((other / "steer.json").read_text())["concepts"] == found["concepts"]
     assert "steer-a: as measured before" in capsys.readouterr().out
     for change in (dict(seed=1), dict(windows=25), dict(prompts=5), dict(dictionary="one")):
-        assert steer.begun(path, steer.settings(open_run("steer-a")[0], Config(("a",), **QUICK | change))) is None
+        assert (
+            weights.begun(path, steer.settings(open_run("steer-a")[0], Config(("a",), **QUICK | change)), "concepts")
+            is None
+        )
 
 
 def test_a_vector_that_does_nothing_gains_nothing(opened, few):
