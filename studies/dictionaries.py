@@ -514,6 +514,8 @@ AXIS_NAMES = {"module": "L0 a module", "mlp": "L0 an MLP", "parameters": "active
 
 def plot_frontier(rows: list[dict], path: Path) -> None:
     """CE - CE of the target against the three axes, a row of panels a protocol, a line a method and budget."""
+    from matplotlib.ticker import LogLocator
+
     figure, axes = subplots(3, 3, (15, 12), sharey="row")
     lines = list(dict.fromkeys(row["line"] for row in rows))
     for protocol, of_protocol in zip(PROTOCOLS, axes):
@@ -525,6 +527,9 @@ def plot_frontier(rows: list[dict], path: Path) -> None:
                 style = drawn[0].get("style") or STYLES.get(drawn[0].get("mode"), "-")
                 ax.plot(x, y, f"o{style}", color=COLOURS[kind], ms=4 + 2 * thick, lw=1.2 + thick, label=line)
             ax.set(xscale="log", xlabel=AXIS_NAMES[axis], title=protocol)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:,.0f}")
+            ax.xaxis.set_minor_formatter("")
             if all(value > 0 for drawn in ax.lines for value in drawn.get_ydata()):
                 ax.set_yscale("log")
             ax.grid(color="#eeeeee", lw=0.6)
