@@ -47,12 +47,17 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
+@torch.compiler.assume_constant_result  # compiled code would compute it again for every head of every sequence
+def rotation(T: int, d: int, base: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of t * base^(-2i/d), [T, d/2]."""
+    freqs = base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    angle = torch.arange(T, device=device, dtype=torch.float32)[:, None] * freqs
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
 def rope(x: Tensor, base: float = 10_000.0) -> Tensor:
     """Rotary position embedding of x [B, H, T, d_head]: pair (i, i + d/2) turns by t * base^(-2i/d) at position t."""
-    T, d = x.shape[-2:]
-    freqs = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
-    angle = torch.arange(T, device=x.device, dtype=torch.float32)[:, None] * freqs  # [T, d/2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = rotation(*x.shape[-2:], base, x.device, x.dtype)
     x1, x2 = x.chunk(2, -1)
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1)
 
