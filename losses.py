@@ -35,8 +35,10 @@ def mask(g: Tensor, r: Tensor) -> Tensor:
 
     g [B, T, C] in [0, 1]; r [..., C + L] in [0, 1], broadcasting with g up to the last axis; m [..., C + L].
     """
-    g = F.pad(g, (0, r.shape[-1] - g.shape[-1]))
-    return torch.lerp(r, torch.ones((), device=r.device, dtype=r.dtype), g.to(r.dtype))  # r + g (1 - r), in one pass
+    C = g.shape[-1]
+    r, of_Deltas = r.split((C, r.shape[-1] - C), -1)
+    m = torch.lerp(r, torch.ones((), device=r.device, dtype=r.dtype), g.to(r.dtype))  # r + g (1 - r), in one pass
+    return torch.cat((m, of_Deltas.expand(*m.shape[:-1], -1)), -1)
 
 
 def sample_sources(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -69,7 +71,7 @@ def sample_layerwise_routing(shape: tuple[int, ...], L: int, generator: torch.Ge
     """
     every = torch.rand(*shape, 1, generator=generator, device=generator.device) < 0.5
     one = torch.randint(0, L, shape, generator=generator, device=generator.device)
-    return every | F.one_hot(one, L).bool()
+    return every | (torch.arange(L, device=one.device) == one[..., None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,10 +255,13 @@ class Adversary:
         return torch.autograd.grad(loss(r), r)[0]
 
     @torch.no_grad()
-    def ascend(self, grad_r: Tensor, lr: float, beta: float = 1.0) -> None:
-        """r <- clamp(r + lr * Adam(grad_r / beta), 0, 1), for the gradient of beta times this process's loss."""
+    def ascend(self, grad_r: Tensor, lr: Tensor, beta: float = 1.0) -> None:
+        """r <- clamp(r + lr * Adam(grad_r / beta), 0, 1), for the gradient of beta times this process's loss.
+
+        lr: a scalar tensor on r's device.
+        """
         n = beta if self.shared else beta * distributed.world()  # the gradient of the whole batch's loss
-        grad_r, lr = distributed.mean(grad_r) if self.shared else grad_r, torch.full((), lr, device=self.r.device)
+        grad_r = distributed.mean(grad_r) if self.shared else grad_r
         if self.fresh:
             self.r.add_(grad_r.sign(), alpha=self.fresh).clamp_(0, 1)
             return

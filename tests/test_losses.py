@@ -400,7 +400,7 @@ def test_ascent_is_torchs_adam_uphill_and_a_clamp():
     for step in range(8):
         grad_r = torch.randn(expected.shape, generator=generator(step)) * 10.0 ** (step - 5)
         lr = 0.02 * (step + 1)  # its warm-up
-        adversary.ascend(grad_r, lr)
+        adversary.ascend(grad_r, torch.tensor(lr))
         expected.grad, adam.param_groups[0]["lr"] = grad_r.clone(), lr
         adam.step()
         expected.data.clamp_(0, 1)
@@ -445,7 +445,7 @@ def test_ascent_raises_the_loss_within_bounds_and_moves_nothing_else(decompositi
 
     start = loss(adversary.r).item()
     for _ in range(10):
-        adversary.ascend(adversary.gradient(loss), 0.1)
+        adversary.ascend(adversary.gradient(loss), torch.tensor(0.1))
         assert adversary.r.min() >= 0 and adversary.r.max() <= 1
     assert loss(adversary.r).item() > 1.2 * start
     assert all(p.grad is None for p in (*decomposition.subcomponents(), g, adversary.r))
@@ -460,7 +460,7 @@ def test_fresh_sources_are_drawn_anew_each_step_and_take_sign_steps():
         drawn = losses.sample_sources((1, 4, 5, 6), of_all)
         assert torch.equal(fresh.r, drawn)
         grad_r = torch.randn(drawn.shape, generator=generator(1))
-        fresh.ascend(grad_r, 0.1)  # whose rate is of no effect
+        fresh.ascend(grad_r, torch.tensor(0.1))  # whose rate is of no effect
         close(fresh.r, (drawn + 0.75 * grad_r.sign()).clamp(0, 1))
     persistent = Adversary((4, 5), 6, generator(7))
     before = persistent.r.clone()
@@ -472,11 +472,11 @@ def test_adversary_goes_on_from_its_saved_state():
     ours, other = Adversary((4, 5), 6, generator(0)), Adversary((4, 5), 6, generator(1))
     grads = [torch.randn(ours.r.shape, generator=generator(i)) for i in range(4)]
     for grad_r in grads[:2]:
-        ours.ascend(grad_r, 0.05)
+        ours.ascend(grad_r, torch.tensor(0.05))
     other.load_state_dict(ours.state_dict())
     for grad_r in grads[2:]:
-        ours.ascend(grad_r, 0.05)
-        other.ascend(grad_r, 0.05)
+        ours.ascend(grad_r, torch.tensor(0.05))
+        other.ascend(grad_r, torch.tensor(0.05))
     assert torch.equal(other.r, ours.r)
 
 
@@ -485,7 +485,7 @@ def test_the_ascent_takes_the_gradient_of_beta_times_the_loss():
     for beta in (1.0, 0.3):
         adversary = Adversary((2, 3), 5, torch.Generator().manual_seed(0))
         grad_r = torch.randn(adversary.r.shape, generator=torch.Generator().manual_seed(1))
-        adversary.ascend(beta * grad_r, 0.05, beta)
+        adversary.ascend(beta * grad_r, torch.tensor(0.05), beta)
         after.append(adversary.r)
     assert torch.allclose(*after, rtol=0, atol=1e-6)
 
