@@ -116,8 +116,8 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 10**9
 
 
-def report(trial: Callable, config, device: torch.device, processes: int) -> None:
-    """Print what a run costs each process, and which flags would help if that is more memory than is free.
+def report(trial: Callable, config, device: torch.device, processes: int) -> int:
+    """Print what a run costs each process, and which flags would help if that is more memory than is free; the bytes.
 
     trial(config): the calls of a run with these settings, a step first, for the config.B rows of one process."""
     half, room, GB = run.bf16(device), available_memory(device) // (processes if device.type == "cpu" else 1), 1e9
@@ -139,3 +139,4 @@ def report(trial: Callable, config, device: torch.device, processes: int) -> Non
                     helps[name] = f"--{name}={value * processes if name == 'B' else value}"
         none = "neither memory_budget=0 nor a smaller B is enough: decompose with a smaller --C or --d_ci"
         print(f"cost: it would fit with {' or '.join(helps.values())}" if helps else f"cost: {none}")
+    return need

@@ -106,6 +106,7 @@ class Config(Method):
     resume: str = ""  # run folder of an unfinished run to go on with; settings not given are read from it
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU or for a long run, where a compiler works
     minutes: float = 0.0  # the steps are those that end so long after the target is there; evaluation is not counted
+    graph: bool | Literal["auto"] = "auto"  # replay a step as a CUDA graph; auto: small steps, on one GPU
     memory_budget: float = 1.0  # share of the matrices and of Gamma's blocks that keep activations; the rest recompute
     T: int = 64  # tokens a sequence
     canaries: bool = True  # of a target that was trained on canaries: plant them here too, at the same rate
@@ -178,7 +179,7 @@ SCALES = {
 
 # What may change when a run is resumed. With `steps`, p and the rates are then those of a run of the new length.
 MAY_CHANGE = ("steps", "log_every", "save_every", "eval_every", "eval_windows", "report_tokens", "wandb", "data_dir")
-MAY_CHANGE += ("device", "compile", "memory_budget", "resume")
+MAY_CHANGE += ("device", "compile", "graph", "memory_budget", "resume")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # B. The method
@@ -188,14 +189,15 @@ class VPD:
     """The state of a decomposition in training, and one step of it.
 
     decomposition, ci_fn (Gamma): the two things that learn. positions: shape [B, T] of this process's part of a batch.
-    divergence: D of the reconstruction losses. compiled: torch.compile the heavy functions. targeted: the sequences
-    0, 2, ... are prompts, which the adversary attacks; the others are other text, see losses.pin_Deltas.
+    divergence: D of the reconstruction losses. compiled: torch.compile the heavy functions. graphed: replay what a
+    step computes as a CUDA graph. targeted: the sequences 0, 2, ... are prompts, which the adversary attacks; the
+    others are other text, see losses.pin_Deltas.
     """
 
     def __init__(
         self, decomposition: Decomposition, ci_fn: nn.Module, config: Method, positions: tuple[int, ...],
         device: torch.device, divergence: Callable[[Tensor, Tensor], Tensor] = losses.kl_divergence,
-        compiled: bool = False, targeted: bool = False,
+        compiled: bool = False, targeted: bool = False, graphed: bool = False,
     ) -> None:  # fmt: skip
         self.decomposition, self.ci_fn, self.config, self.device = decomposition, ci_fn, config, device
         self.divergence, self.step = divergence, 0
@@ -219,6 +221,8 @@ class VPD:
             self.reconstruction, self.penalties = run.compiled(self.reconstruction), run.compiled(self.penalties)
             if self.adversary:
                 self.adversary.update = run.compiled(losses.adam_ascent)
+        if graphed:
+            self.losses_and_gradients = run.Graphed(self.losses_and_gradients, self.generator)
 
     def enter(self, x: Tensor) -> Tensor:
         """x, or what the target makes of it before the first block with a decomposed matrix: the same in every pass."""
@@ -255,7 +259,7 @@ class VPD:
         distributed.broadcast_([weight.data for weight in U_V])
         return losses.faithfulness(self.decomposition).item()
 
-    def schedule(self) -> tuple[Tensor, float]:
+    def schedule(self) -> tuple[Tensor, Tensor]:
         """The power p and the adversary's learning rate of this step; the optimisers' are set."""
         c = self.config
         for optimizer, lr in self.rates.items():
@@ -263,12 +267,11 @@ class VPD:
                 group["lr"] = lr * cosine(self.step, c.steps, c.lr_warmup, c.lr_end)
         p = c.p_start + (c.p_end - c.p_start) * self.step / max(1, c.steps - 1)
         warm = min(1.0, (self.step + 1) / (c.adv_warmup * c.steps + 1))
-        return torch.full((), p, device=self.device), c.adv_lr * warm
+        return tuple(torch.full((), value, device=self.device) for value in (p, c.adv_lr * warm))
 
-    def train_step(self, x: Tensor) -> dict[str, Tensor]:
-        """One step on this process's rows x [B, T, ...]; the batch's losses, unweighted, and total, grad_ci, l0, p."""
+    def losses_and_gradients(self, x: Tensor, p: Tensor, adv_lr: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses on rows x [B, T, ...], unweighted, and g. U, V and Gamma get gradients; the sources ascend."""
         c, row = self.config, {}
-        p, adv_lr = self.schedule()
         # -------------------------------------------------------------------------------------------------------------
         for optimizer in self.rates:
             optimizer.zero_grad()
@@ -294,10 +297,11 @@ class VPD:
             for _ in range(c.n_adv - 1):  # r alone ascends, on this batch
                 self.adversary.ascend(self.adversary.gradient(of_r), adv_lr)
             r = self.adversary.r.detach().requires_grad_()
-            row["adversarial"] = self.reconstruction(*first, r, routing)
-            (c.beta_adv * row["adversarial"]).backward()  # U, V and Gamma descend,
+            loss = self.reconstruction(*first, r, routing)
+            (c.beta_adv * loss).backward()  # U, V and Gamma descend,
             self.adversary.ascend(r.grad, adv_lr, c.beta_adv)  # and r ascends on the same pass
-            del r  # and with it its gradient
+            row["adversarial"] = loss.detach()
+            del r, loss  # and with them the gradient of r
 
         if c.beta_stoch > 0:
             r = losses.sample_sources((*shape, g.shape[-1] + L), self.generator)
@@ -312,18 +316,21 @@ class VPD:
         row["importance"], row["frequency"], row["faithfulness"] = self.penalties(g_upper, p)
         penalties = c.beta_imp * row["importance"] + c.beta_freq * row["frequency"] + c.beta_delta * row["faithfulness"]
         torch.autograd.backward([penalties, g], [None, leaf.grad])  # g gets the gradient that leaf has gathered
+        # -------------------------------------------------------------------------------------------------------------
+        return {name: loss.detach() for name, loss in row.items()}, g.detach()
 
+    def train_step(self, x: Tensor) -> dict[str, Tensor]:
+        """One step on this process's rows x [B, T, ...]; the batch's losses, unweighted, and total, grad_ci, l0, p."""
+        c, (p, adv_lr) = self.config, self.schedule()
+        row, g = self.losses_and_gradients(x, p, adv_lr)
         distributed.average_gradients_(self.learning)
         nn.utils.clip_grad_norm_(self.decomposition.subcomponents(), c.clip)
         grad_ci = distributed.clip_(list(self.ci_fn.parameters()), c.clip_ci or torch.inf)
         for optimizer in self.rates:
             optimizer.step()
-        # -------------------------------------------------------------------------------------------------------------
         self.step += 1
-        row = {name: loss.detach() for name, loss in row.items()}
-        row["total"] = sum(getattr(c, losses.BETAS[name]) * loss for name, loss in row.items())
-        row["grad_ci"] = grad_ci
-        row["l0"] = (g.detach() > 0).sum(-1).float().mean()
+        total = sum(getattr(c, losses.BETAS[name]) * loss for name, loss in row.items())
+        row = row | {"total": total, "grad_ci": grad_ci, "l0": (g > 0).sum(-1).float().mean()}
         return dict(zip(row, distributed.mean(torch.stack([*row.values()])))) | {"p": p}
 
     def state_dict(self) -> dict:
@@ -354,7 +361,9 @@ class VPD:
 # C. The run
 
 
-def build(config: Config, target_checkpoint: dict, device: torch.device, compiled: bool = False) -> tuple[VPD, dict]:
+def build(
+    config: Config, target_checkpoint: dict, device: torch.device, compiled: bool = False, graphed: bool = False
+) -> tuple[VPD, dict]:
     """A VPD at its initialisation, a function of config.seed, and the arguments that its Gamma was made with."""
     torch.manual_seed(config.seed)
     target = train_target.build_target(target_checkpoint)
@@ -366,7 +375,8 @@ def build(config: Config, target_checkpoint: dict, device: torch.device, compile
     ci_fn = distributed.shard(ci_fn, ci_fn.units(), device, run.bf16(device)) if config.shard else ci_fn.to(device)
     positions = config.B // distributed.world(), config.T
     divergence = losses.HiddenKL(target.unembedding, bias=target.unembedding_bias, softcap=target.softcap)
-    return VPD(decomposition, ci_fn, config, positions, device, divergence, compiled, bool(config.prompts)), gamma
+    targeted = bool(config.prompts)
+    return VPD(decomposition, ci_fn, config, positions, device, divergence, compiled, targeted, graphed), gamma
 
 
 def shape_of(target_checkpoint: dict) -> GPTConfig | dict:
@@ -426,15 +436,17 @@ def train(config: Config) -> Path | None:
     began = time.time() - (saved["seconds"] if saved else 0)
 
     # The decomposition, once it is said what it will cost
+    step_bytes = 0
     if first:
         shape, alone = shape_of(target_checkpoint), replace(config, B=config.B // processes, shard=False)
-        cost.report(lambda changed: trial(changed, shape, torch.device("cpu")), alone, device, processes)
-    compile = config.compile
-    if compile == "auto" and "pretrained" in target_checkpoint:
-        print("compile: off, nobody has tried it on models of transformers; --compile=True does")
-        compile = False
-    compiled = run.wants_compile(compile, device, config.steps, config.minutes)
-    vpd, gamma = build(config, target_checkpoint, device, compiled)
+        step_bytes = cost.report(lambda changed: trial(changed, shape, torch.device("cpu")), alone, device, processes)
+    compile, graph = config.compile, config.graph
+    if "pretrained" in target_checkpoint and "auto" in (compile, graph):
+        print("compile, graph: off, nobody has tried them on models of transformers; --compile=True, --graph=True do")
+        compile, graph = (False if wanted == "auto" else wanted for wanted in (compile, graph))
+    graphed = run.wants_graph(graph, device, processes, step_bytes)
+    compiled = run.wants_compile(compile, device, config.steps, config.minutes, graphed)
+    vpd, gamma = build(config, target_checkpoint, device, compiled, graphed)
     print(f"decompose: {vpd.decomposition.L} matrices into {gamma['C']:,} subcomponents, on {device}, to {folder}")
     if start := vpd.decomposition.start:
         print(f"decompose: nothing of the first {start} blocks: they run once a step, and not in each of its passes")

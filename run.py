@@ -110,6 +110,8 @@ def lasting_output() -> Iterator[None]:
 
 def pick_device(name: str) -> torch.device:
     """`auto` is a GPU where there is one. UserError for a device that torch does not know or this machine lacks."""
+    # Before a GPU is used: what is freed there then serves requests of any size. The published step needs that.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -145,18 +147,22 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 COMPILING_PAYS = 3_000  # steps of the default run on a CPU that earn back the minutes that compiling takes
+COMPILING_PAYS_GRAPHED = 20_000  # steps of a run on a GPU whose steps are replayed, and so fast without a compiler
 COMPILING_PAYS_MINUTES = 6.0  # and what they take
 
 
-def wants_compile(wanted: bool | Literal["auto"], device: torch.device, steps: int, minutes: float = 0.0) -> bool:
-    """--compile resolved: `auto` compiles on a GPU or for a long run, if a compiler works; a line says what and why.
+def wants_compile(
+    wanted: bool | Literal["auto"], device: torch.device, steps: int, minutes: float = 0.0, graphed: bool = False
+) -> bool:
+    """--compile resolved: `auto` compiles a long run, or large steps on a GPU, if a compiler works; a line says why.
 
-    minutes: of a run that is measured in them, and not in steps.
+    minutes: of a run that is measured in them, and not in steps. graphed: what `wants_graph` said.
     """
     if wanted is False:
         return False
-    short = minutes < COMPILING_PAYS_MINUTES if minutes else steps < COMPILING_PAYS
-    if wanted == "auto" and device.type == "cpu" and short:
+    pays = COMPILING_PAYS if device.type == "cpu" else COMPILING_PAYS_GRAPHED if graphed else 0
+    short = minutes < COMPILING_PAYS_MINUTES if minutes else steps < pays
+    if wanted == "auto" and pays and short:
         print("compile: off, compiling would take longer than it saves in so short a run; --compile=True forces it")
         return False
     try:
@@ -171,18 +177,59 @@ def wants_compile(wanted: bool | Literal["auto"], device: torch.device, steps: i
     return True
 
 
-GPU_MODE = None  # torch.compile's mode on a GPU; `bench.step --graphs=True` also times "reduce-overhead": CUDA graphs
-
-
 def compiled(function: Callable, recomputes: bool = False) -> Callable:
     """torch.compile for one shape. On a CPU, where a small step is a thousand short calls, C++ makes them.
 
     recomputes: the function recomputes attention in its backward pass, which that C++ cannot (PyTorch 2.13).
     """
     if torch.cuda.is_available():
-        return torch.compile(function, dynamic=False, mode=GPU_MODE)
+        return torch.compile(function, dynamic=False)
     keep_freed_memory()
     return torch.compile(function, dynamic=False, options=None if recomputes else {"cpp_wrapper": True})
+
+
+GRAPHED_SHARE = 0.1  # of a GPU's memory: a replayed step keeps what it needs for itself, also between two steps
+
+
+def wants_graph(wanted: bool | Literal["auto"], device: torch.device, processes: int, step_bytes: int) -> bool:
+    """--graph resolved: `auto` replays small steps on one GPU, which otherwise wait for the host to launch kernels."""
+    possible = device.type == "cuda" and processes == 1
+    if wanted is True and not possible:
+        raise UserError("graph=True: a step is replayed on one GPU, in one process")
+    if wanted == "auto":
+        return possible and step_bytes < GRAPHED_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return wanted
+
+
+class Graphed:
+    """A function of tensors on a GPU, replayed as a CUDA graph: all its kernels at once, without a line of Python.
+
+    The function must do the same in every call, read nothing back and use tensors that stay where they are. It is
+    called twice, then recorded. What a replay returns, and the gradients it leaves, are written over by the next one.
+    generator: what it draws from.
+    """
+
+    def __init__(self, function: Callable[..., Any], generator: torch.Generator) -> None:
+        self.function, self.generator, self.calls, self.stream = function, generator, 0, torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, *args: torch.Tensor) -> Any:
+        self.calls += 1
+        if self.calls <= 2:  # on the stream that records: what autograd keeps between calls belongs to a stream
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                found = self.function(*args)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return found
+        if self.calls == 3:
+            self.args = [arg.clone() for arg in args]
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.found = self.function(*self.args)
+        for mine, arg in zip(self.args, args):
+            mine.copy_(arg)
+        self.graph.replay()
+        return self.found
 
 
 def keep_freed_memory() -> None:

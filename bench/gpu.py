@@ -105,11 +105,11 @@ def sized(config: Config, size: str, **changes) -> bench.Config:
     return bench.Config(**dict(size=size, naive=False, shares=False, device=config.device) | small | changes)
 
 
-def timed(size: str, config: Config, device: torch.device, graphs=False, compile=True, **changes) -> dict:
+def timed(size: str, config: Config, device: torch.device, graph=False, compile=True, **changes) -> dict:
     """What bench.step measures."""
-    run.GPU_MODE = "reduce-overhead" if graphs else None
     b = sized(config, size, **changes)
-    return bench.measure(replace(b, graphs=graphs), *bench.sizes(b), compile and not config.tiny, device)
+    b = replace(b, graph=graph and device.type == "cuda")
+    return bench.measure(b, *bench.sizes(b), compile and not config.tiny, device)
 
 
 def beside_naive(size: str, config: Config, device: torch.device) -> dict:

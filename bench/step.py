@@ -45,7 +45,7 @@ class Config:
     steps: int = 20  # timed rounds, after 3 to warm up
     compile: bool | Literal["auto"] = "auto"  # auto: where a compiler works
     memory_budget: float | Literal["auto"] = "auto"  # as in decompose.py; auto: that of the size
-    graphs: bool = False  # replay CUDA graphs: the compiler's mode "reduce-overhead", on a GPU
+    graph: bool = False  # replay a step as a CUDA graph, on a GPU; its peak is then not measured
     naive: bool = True  # time and measure the naive step as well
     shares: bool = True  # time the parts of a step as well; they need more memory than the step
     B: int = 0  # sequences a step; 0: that of the size
@@ -60,8 +60,8 @@ class Config:
         flags.require(self, "0 or above", "B", "T")
         if self.memory_budget != "auto":
             flags.require(self, "between 0 and 1", "memory_budget")
-        if self.graphs and not torch.cuda.is_available():
-            raise flags.UserError("graphs=True: there is no GPU here")
+        if self.graph and not torch.cuda.is_available():
+            raise flags.UserError("graph=True: there is no GPU here")
         if self.scale > 4:
             raise flags.UserError(f"scale={self.scale}: must be at most 4")
 
@@ -158,20 +158,17 @@ def measure(config: Config, settings: decompose.Config, gpt: GPTConfig, compiled
     both = [plain] if settings == plain else [plain, settings]
     checkpoint = {"gpt": asdict(gpt), "model": GPT(gpt).state_dict()}
     x = torch.randint(0, gpt.vocab_size, (B, T), device=device)
-    steps = {"step": decompose.build(settings, checkpoint, device, compiled)[0]}
+    steps = {"step": decompose.build(settings, checkpoint, device, compiled, config.graph)[0]}
     if config.naive:
         other, _ = decompose.build(plain, checkpoint, device)
         steps["naive"] = NaiveVPD(other.decomposition, other.ci_fn, plain, (B, T), device)
 
-    def call(one) -> None:
-        if run.GPU_MODE:  # what the graphs of the step before gave may be written over
-            torch.compiler.cudagraph_mark_step_begin()
-        one.train_step(x)
-
-    calls = {name: lambda one=one: call(one) for name, one in steps.items()}
+    calls = {name: lambda one=one: one.train_step(x) for name, one in steps.items()}
     first, peak = sum(seconds(calls["step"], device) for _ in range(3)), {}
     for name, one in steps.items():
-        one.train_step(x), one.optimizer.zero_grad()  # the gradients that a step makes are counted with it
+        one.train_step(x)
+        if not config.graph:  # which writes into the same gradients for ever
+            one.optimizer.zero_grad()  # the gradients that a step makes are counted with it
         peak[name] = peak_bytes(calls[name], device)
     calls["matmul"], product_flops = matmul(device)
     calls |= (of_a_step := parts(steps["step"], x) if config.shares else {})
@@ -185,7 +182,7 @@ def measure(config: Config, settings: decompose.Config, gpt: GPTConfig, compiled
     flops, counted = one[0].flops, one[-1]
     rate, step_s, times = product_flops / median["matmul"], median["step"], [row["step"] for row in rounds]
     m = {"size": config.size, "B": B, "T": T, "C": sum(steps["step"].decomposition.C.values()), "scale": config.scale}
-    m |= {"held_bytes": counted.held, "counted_peak_bytes": counted.peak, "graphs": config.graphs}
+    m |= {"held_bytes": counted.held, "counted_peak_bytes": counted.peak, "graph": config.graph}
     m |= {"memory_budget": settings.memory_budget, "device": str(device), "compile": compiled, "first_three_s": first}
     m |= {"step_s": step_s, "spread_s": [min(times), max(times)], "tokens_per_s": B * T / step_s}
     m |= {"peak_bytes": peak["step"], "flops": flops, "matmul_flops_per_s": rate, "mfu": flops / step_s / rate}
@@ -246,7 +243,6 @@ def sweep(config: Config, compiled: bool, device: torch.device) -> None:
 
 def main(config: Config) -> None:
     device, (settings, gpt) = run.pick_device(config.device), sizes(config)
-    run.GPU_MODE = "reduce-overhead" if config.graphs else None
     wanted = config.compile is True if config.sweep else config.compile  # nine sizes would be compiled nine times
     with contextlib.redirect_stdout(sys.stderr):
         compiled = run.wants_compile(wanted, device, run.COMPILING_PAYS)

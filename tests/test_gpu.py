@@ -30,14 +30,14 @@ SETTINGS = decompose.Config(
 TARGET = GPTConfig(vocab_size=128, context=16, n_layer=2, n_head=2, d_model=32, d_mlp=64)
 
 
-def built(device: str, compiled: bool = False, **changes) -> decompose.VPD:
+def built(device: str, compiled: bool = False, graphed: bool = False, **changes) -> decompose.VPD:
     """A VPD of a target whose weights are large, so that every matrix matters; the same on every device."""
     torch.manual_seed(0)
     target = GPT(TARGET)
     for weight in target.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     checkpoint = {"gpt": asdict(TARGET), "model": target.state_dict()}
-    vpd, _ = decompose.build(replace(SETTINGS, **changes), checkpoint, torch.device(device), compiled)
+    vpd, _ = decompose.build(replace(SETTINGS, **changes), checkpoint, torch.device(device), compiled, graphed)
     vpd.divergence.chunk = 24  # three chunks of the 64 positions
     return vpd
 
@@ -61,9 +61,9 @@ def off(found: Tensor, expected: Tensor) -> float:
 def test_a_step_in_fp32_is_that_of_the_cpu(device, monkeypatch, record_property):
     """Losses and gradients, from the same weights, sources and draws."""
     monkeypatch.setattr(run, "bf16", lambda device: False)
-    found = []
-    for on in ("cpu", device):
-        vpd, generator = built(on), torch.Generator().manual_seed(3)
+    found, vpds = [], [built(on) for on in ("cpu", device)]
+    for on, vpd in zip(("cpu", device), vpds):
+        generator = torch.Generator().manual_seed(3)
         drawn = lambda shape, _, on=on, generator=generator: torch.rand(shape, generator=generator).to(on)
         routed = lambda shape, L, _, drawn=drawn: drawn((*shape, L), None) < 0.5
         monkeypatch.setattr(losses, "sample_sources", drawn)
@@ -98,6 +98,26 @@ def test_compiled_steps_in_bf16_are_the_eager_ones(device, budget, monkeypatch, 
     far = ((compiled - eager) / eager).abs().max(0).values
     record_property("off", ", ".join(f"{name} {value:.1e}" for name, value in zip(losses.BETAS, far.tolist())))
     assert (far < 0.02).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("changes", [{}, dict(halves=False, muon=0.0), dict(adv_fresh=0.5), dict(adv_routing="subset")])
+def test_a_replayed_step_is_the_launched_one(changes, record_property):
+    """Losses of 12 steps and the weights after them; a run that is resumed in between has those, too."""
+    found = []
+    for graphed in (False, True):
+        vpd = built("cuda", graphed=graphed, **changes)
+        row = losses_of(vpd, 12)
+        found.append((row, torch.cat([weight.detach().flatten() for weight in vpd.learning])))
+        assert graphed == isinstance(vpd.losses_and_gradients, run.Graphed)
+    far = [off(there, here) for here, there in zip(*found)]
+    record_property("off", "losses {:.1e}, weights {:.1e}".format(*far))
+    assert max(far) < 1e-4
+    state = vpd.state_dict()
+    expected = losses_of(vpd, 3)
+    vpd.load_state_dict(state)
+    assert off(losses_of(vpd, 3), expected) < 1e-4
 
 
 @on_each
@@ -135,13 +155,13 @@ def test_fused_adamw_is_the_plain_one(device):
 @slow_on_cpu
 def test_the_compiled_ascent_is_the_eager_one(device):
     """adam_ascent in one kernel; the sources stay in [0, 1]."""
-    after = []
+    after, lr = [], torch.tensor(0.1, device=device)
     for update in (losses.adam_ascent, run.compiled(losses.adam_ascent)):
         generator = torch.Generator(device).manual_seed(0)
         adversary = losses.Adversary((3, 5), 40, generator)
         adversary.update = update
         for _ in range(5):
-            adversary.ascend(torch.randn(adversary.r.shape, generator=generator, device=device), 0.1, 0.5)
+            adversary.ascend(torch.randn(adversary.r.shape, generator=generator, device=device), lr, 0.5)
         assert adversary.r.min() >= 0 and adversary.r.max() <= 1
         after.append(torch.cat([adversary.r, adversary.mom1, adversary.mom2]))
     assert off(*after) < 1e-6
