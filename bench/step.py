@@ -45,7 +45,7 @@ class Config:
     steps: int = 20  # timed rounds, after 3 to warm up
     compile: bool | Literal["auto"] = "auto"  # auto: where a compiler works
     memory_budget: float | Literal["auto"] = "auto"  # as in decompose.py; auto: that of the size
-    graph: bool = False  # replay a step as a CUDA graph, on a GPU; its peak is then not measured
+    graph: bool = False  # replay a step as a CUDA graph, on a GPU
     naive: bool = True  # time and measure the naive step as well
     shares: bool = True  # time the parts of a step as well; they need more memory than the step
     B: int = 0  # sequences a step; 0: that of the size
@@ -164,11 +164,9 @@ def measure(config: Config, settings: decompose.Config, gpt: GPTConfig, compiled
         steps["naive"] = NaiveVPD(other.decomposition, other.ci_fn, plain, (B, T), device)
 
     calls = {name: lambda one=one: one.train_step(x) for name, one in steps.items()}
-    first, peak = sum(seconds(calls["step"], device) for _ in range(3)), {}
-    for name, one in steps.items():
-        one.train_step(x)
-        if not config.graph:  # which writes into the same gradients for ever
-            one.optimizer.zero_grad()  # the gradients that a step makes are counted with it
+    first, peak = {name: seconds(call, device) for name, call in calls.items()}, {}
+    for name, one in steps.items():  # in their second calls, as a graph is recorded in the third
+        one.optimizer.zero_grad()  # the gradients that a step makes are counted with it
         peak[name] = peak_bytes(calls[name], device)
     calls["matmul"], product_flops = matmul(device)
     calls |= (of_a_step := parts(steps["step"], x) if config.shares else {})
@@ -183,7 +181,7 @@ def measure(config: Config, settings: decompose.Config, gpt: GPTConfig, compiled
     rate, step_s, times = product_flops / median["matmul"], median["step"], [row["step"] for row in rounds]
     m = {"size": config.size, "B": B, "T": T, "C": sum(steps["step"].decomposition.C.values()), "scale": config.scale}
     m |= {"held_bytes": counted.held, "counted_peak_bytes": counted.peak, "graph": config.graph}
-    m |= {"memory_budget": settings.memory_budget, "device": str(device), "compile": compiled, "first_three_s": first}
+    m |= {"memory_budget": settings.memory_budget, "device": str(device), "compile": compiled, "first_s": first["step"]}
     m |= {"step_s": step_s, "spread_s": [min(times), max(times)], "tokens_per_s": B * T / step_s}
     m |= {"peak_bytes": peak["step"], "flops": flops, "matmul_flops_per_s": rate, "mfu": flops / step_s / rate}
     m["parts"] = {name: median[name] for name in of_a_step}
@@ -199,7 +197,7 @@ def text(m: dict) -> str:
         tokens_s = m["B"] * m["T"] / seconds
         return f"{name:24s} {1e3 * seconds:8.1f} {tokens_s:10,.0f} {mfu:7.1%} {peak / 1e6:9.1f}   ({more})"
 
-    ours = "{:.1f} to {:.1f} ms".format(*(1e3 * s for s in m["spread_s"])) + f"; first three {m['first_three_s']:.1f} s"
+    ours = "{:.1f} to {:.1f} ms".format(*(1e3 * s for s in m["spread_s"])) + f"; the first {m['first_s']:.1f} s"
     lines = [
         f"{m['size']}: {m['B']} x {m['T']} tokens a step, {m['flops'] / 1e9:.4g} GFLOP; {m['device']}, "
         f"{torch.get_num_threads()} threads, a matrix product reaches {m['matmul_flops_per_s'] / 1e9:,.0f} GFLOP/s",

@@ -23,11 +23,11 @@ def tiny(tmp_path, **changes) -> gpu.Config:
 # Every part
 
 
-@pytest.mark.parametrize("task", ["eager pile2", "largest pile2", "profile default", "evaluation"])
+@pytest.mark.parametrize("task", ["eager pile2", "both default", "largest pile2", "profile default", "evaluation"])
 def test_a_task_at_a_tiny_size(task, home, tmp_path):
     m = gpu.TASKS[task].call(tiny(tmp_path), CPU)
-    if task == "eager pile2":
-        assert m["size"] == "pile2" and m["step_s"] > 0 and m["parts"] == {} and "naive_step_s" not in m
+    if task in ("eager pile2", "both default"):
+        assert m["size"] == task.split()[1] and m["step_s"] > 0 and m["parts"] == {} and "naive_step_s" not in m
         assert m["peak_bytes"] == pytest.approx(m["counted_peak_bytes"], rel=0.15)
     elif task == "largest pile2":
         assert m["largest_B"] == 16 and list(m["bytes"]) == [2, 4, 8, 16] and m["too_large_B"] == 0
@@ -166,7 +166,7 @@ def test_tables_show_what_was_measured_and_what_was_not(tmp_path):
             "step pile2": MEASURED | {"gpu": "A GPU"},
             "eager pile2": MEASURED | {"step_s": 0.1, "peak_bytes": 4 * 10**9},
             "naive pile2": MEASURED | NAIVE,
-            "graphs pile2": {"error": "exit code 1"},
+            "both pile2": {"error": "exit code 1"},
             "tests": {
                 "tests": {"x": {"outcome": "passed", "off": "1e-3"}, "y": {"outcome": "failure", "message": "no"}}
             },
