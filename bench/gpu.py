@@ -6,7 +6,7 @@
     python -m bench.gpu --tiny=True --minutes=5            # every part at a tiny size, on a CPU too
 
   a  the tests marked `gpu`: the step on a GPU is that of the CPU, also in bf16, compiled and resumed
-  b  a step of `paper4`, `pile2`, `default`: time, MFU, memory, shares of its parts, naive step, CUDA graphs, batch
+  b  a step of `paper4`, `pile2`, `default`: time, MFU, memory, shares of its parts, naive step, largest batch
   c  the evaluation and the report at the size of `paper4`
   d  `--scale=gpu` on local text: the target for 3 minutes, the decomposition for 8, its table and report
   e  a profile of one step: kernels, gaps, the ten most expensive
@@ -135,7 +135,7 @@ def beside_naive(size: str, config: Config, device: torch.device) -> dict:
         finally:
             ours = other = naive = with_parts = None  # noqa: F841
             free()
-    return timed(size, config, device, naive=True, shares=True, B=B, **AS_RUN[size])
+    return timed(size, config, device, naive=True, shares=size != "default", B=B, **AS_RUN[size])
 
 
 def largest_batch(size: str, config: Config, device: torch.device) -> dict:
@@ -428,7 +428,8 @@ def step_rows(found: dict[str, dict], counts: dict[str, str]) -> list[str]:
         cells = [NOT_YET, "", "", "", "", ""]
         if step:
             cells[0] = f"{ms(step)} ({ms(both)}, {ms(eager)})"
-            cells[1], cells[2] = f"{step['tokens_per_s']:,.0f}", f"{step['mfu']:.0%}"
+            cells[1] = f"{step['tokens_per_s']:,.0f}"
+            cells[2] = f"{step['mfu']:.0%}" if step["mfu"] >= 0.01 else "below 1%"
             counted = (step["held_bytes"] + step["counted_peak_bytes"]) / 1e9
             cells[3] = f"{GB(step)} ({GB(eager) if eager else '–'}), {counted:.3g}"
         if naive:
@@ -441,7 +442,7 @@ def step_rows(found: dict[str, dict], counts: dict[str, str]) -> list[str]:
 
 
 def shares_rows(found: dict[str, dict]) -> list[str]:
-    measured = {size: m for size in bench.SIZES if "parts" in (m := found.get(f"naive {size}", {}))}
+    measured = {size: m for size in bench.SIZES if (m := found.get(f"naive {size}", {})).get("parts")}
     if not measured:
         return []
     lines = ["", "| part of a step | " + " | ".join(f"`{size}`" for size in measured) + " |"]
@@ -462,8 +463,7 @@ def other_rows(found: dict[str, dict]) -> list[str]:
     def of_tests(m: dict) -> str:
         outcomes = [about["outcome"] for about in m["tests"].values()]
         bad = [f"{n}: {about.get('message', '')}" for n, about in m["tests"].items() if about["outcome"] != "passed"]
-        off = [f"{name}: {about['off']}" for name, about in m["tests"].items() if "off" in about]
-        return "; ".join([f"{outcomes.count('passed')} of {len(outcomes)} passed", *bad, *off])
+        return "; ".join([f"{outcomes.count('passed')} of {len(outcomes)} passed", *bad])
 
     def of_run(m: dict) -> str:
         target = f"target: {m['target_steps']:,} steps in {m['target_s']:.0f} s, CE {m['target_val_ce']:.3f}"
@@ -485,6 +485,10 @@ def other_rows(found: dict[str, dict]) -> list[str]:
         **{f"profile, `{size}`": said(f"profile {size}", of_profile) for size in ("paper4", "default")},
     }  # fmt: skip
     lines = ["", "| | |", "|---|---|", *(f"| {name} | {text.replace('|', '/')} |" for name, text in rows.items())]
+    off = {name: about["off"] for name, about in found.get("tests", {}).get("tests", {}).items() if "off" in about}
+    if off:
+        lines += ["", "| test | relative difference |", "|---|---|"]
+        lines += [f"| {name.removeprefix('test_').replace('_', ' ')} | {by} |" for name, by in off.items()]
     for size in ("paper4", "default"):
         if "top" in (m := found.get(f"profile {size}", {})):
             lines += ["", f"| ten most expensive kernels of `{size}` | calls | ms |", "|---|---|---|"]
@@ -493,8 +497,8 @@ def other_rows(found: dict[str, dict]) -> list[str]:
 
 
 def tables(found: dict[str, dict], counts: dict[str, str] | None = None) -> str:
-    gpus = sorted({m["gpu"] for m in found.values() if "gpu" in m})
-    where = [f"{', '.join(gpus)}, PyTorch {torch.__version__}, n = 1.", ""] if gpus else []
+    where = [", PyTorch ".join(of) for of in sorted({(m["gpu"], m["torch"]) for m in found.values() if "gpu" in m})]
+    where = [f"{'; '.join(where)}; n = 1.", ""] if where else []
     return "\n".join([*where, *step_rows(found, counts or {}), *shares_rows(found), *other_rows(found)])
 
 

@@ -163,7 +163,7 @@ def test_tables_show_what_was_measured_and_what_was_not(tmp_path):
     path = results(
         tmp_path / "results.jsonl",
         {
-            "step pile2": MEASURED | {"gpu": "A GPU"},
+            "step pile2": MEASURED | {"gpu": "A GPU", "torch": "2.99"},
             "eager pile2": MEASURED | {"step_s": 0.1, "peak_bytes": 4 * 10**9},
             "naive pile2": MEASURED | NAIVE,
             "both pile2": {"error": "exit code 1"},
@@ -174,11 +174,11 @@ def test_tables_show_what_was_measured_and_what_was_not(tmp_path):
         },
     )
     lines = gpu.tables(gpu.read(path)).splitlines()
-    assert lines[0].startswith("A GPU, PyTorch")
+    assert lines[0] == "A GPU, PyTorch 2.99; n = 1."
     assert "| `pile2` | 50 (–, 100) | 12,346 | 41% | 4 (5), 5 | 3.1 ×, 50%, at 4 × 8 |  |" in lines
     assert "| `paper4` | not measured yet |  |  |  |  |  |" in lines
     assert "| one | 20% |" in lines and "| two | 80% |" in lines
-    assert "| tests marked `gpu` | 1 of 2 passed; y: no; x: 1e-3 |" in lines
+    assert "| tests marked `gpu` | 1 of 2 passed; y: no |" in lines and "| x | 1e-3 |" in lines
     assert (
         "| profile, `default` | 3 kernels, 5.0 ms of them and 3.0 ms of gaps |" in lines
         and "| `a/b` | 2 | 4.00 |" in lines

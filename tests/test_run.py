@@ -158,6 +158,29 @@ def test_compile_where_it_works(monkeypatch, capsys):
     assert run.wants_compile("auto", CPU, LONG, minutes=1.0) is False
 
 
+def test_compile_on_a_gpu(monkeypatch):
+    """Large steps always, replayed ones in a long run."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: x)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(*shape))
+    gpu = torch.device("cuda")
+    assert run.wants_compile("auto", gpu, 10) is True
+    assert run.wants_compile("auto", gpu, 10, graphed=True) is False
+    assert run.wants_compile("auto", gpu, run.COMPILING_PAYS_GRAPHED, graphed=True) is True
+    assert run.wants_compile(True, gpu, 10, graphed=True) is True
+
+
+def test_a_small_step_on_one_gpu_is_replayed(monkeypatch):
+    of_80_GB = type("Properties", (), {"total_memory": 80 * 10**9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_80_GB)
+    gpu, small, large = torch.device("cuda"), 10**9, 10**10
+    assert run.wants_graph("auto", gpu, 1, small) is True and run.wants_graph("auto", gpu, 1, large) is False
+    assert run.wants_graph("auto", gpu, 2, small) is False and run.wants_graph("auto", CPU, 1, small) is False
+    assert run.wants_graph(True, gpu, 1, large) is True and run.wants_graph(False, gpu, 1, small) is False
+    for device, processes in ((CPU, 1), (gpu, 2)):
+        with pytest.raises(UserError, match="^graph=True: a step is replayed on one GPU, in one process$"):
+            run.wants_graph(True, device, processes, small)
+
+
 class Clock:
     """Time that goes by only in steps of these seconds, the last of which is that of all further ones."""
 
