@@ -2,14 +2,16 @@
 
     python -m studies.sharing out/vpd-stdlib                     # 5 minutes on one CPU core
     python -m studies.sharing out/vpd-stdlib out/no-adversary    # two runs side by side in one figure
+    python -m studies.sharing out/s0 out/s1 out/s2               # runs that differ in their seed alone: their mean
 
 The draft asks that f(x | W'(x, r)) keep to the target for all r. Its published text lets the adversary choose one r for
 a whole batch, to find systematic flaws and not the noise that a source tuned to one input can add up. Here it chooses
 one r for 1 position, 8, a sequence, 8 sequences, all; each r then masks other text. A flaw of the decomposition costs
 as much there. Noise costs no more there than masks that nobody chose: r = 0, or a coin for every source.
 
-It writes <run>/sharing.json for each run, and figures/sharing.png into the first. A run whose sharing.json has the same
-weights and settings is not measured again.
+It writes <run>/sharing.json for each run, and figures/sharing.png into the first: a panel for each recipe, with the
+mean over its seeds and a faint line for each. A run whose sharing.json has the same weights and settings is not
+measured again.
 
   A. Adversary    sources that some positions share; their KL on the text they were chosen on, and on other text
   B. Numbers      one run: every sharing, and what r = 0, random r and ablating everything cost
@@ -20,7 +22,11 @@ Left out: stronger and stronger adversaries in the published scope, one r for al
 """
 
 import json
+import os
+import re
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import decompose
 from eval import (
     Batch,
     Run,
@@ -241,26 +248,42 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def over_seeds(of: list[dict]) -> str:
+    """Mean ± standard deviation of several runs' numbers, for a person."""
+    both = lambda values: f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    lines = [f"{len(of)} seeds, mean ± standard deviation:"]
+    lines += [f"  {what:24s} {both([found['prices'][what] for found in of])}" for what in of[0]["prices"]]
+    row = "{:>14} {:>6} {:>18} {:>18} {:>18}".format
+    lines += ["", row("one r for", "steps", "ascended", "largest met", "on other text")]
+    for rows in zip(*(found["sharing"] for found in of)):
+        kls = [both([row[what] for row in rows]) for what in ("kl", "largest", "other_text")]
+        lines.append(row(f"{rows[0]['positions']:,}", rows[0]["steps"], *kls))
+    return "\n".join(lines)
+
+
 COLOURS = ("#56b4e9", "#0072b2", "#000000", "#d55e00", "#009e73", "#cc79a7")  # of numbers of steps
 
 
-def plot_sharing(runs: dict[str, dict], path: Path) -> None:
-    """KL against the positions that share one r, a panel a run. runs: {label: sharing.json}."""
+def plot_sharing(recipes: dict[str, list[dict]], path: Path) -> None:
+    """KL against the positions that share one r, a panel a recipe. recipes: {label: the sharing.json of each seed}."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure, axes = subplots(1, len(runs), (5.2 * len(runs) + 1, 5), sharey=True, squeeze=False)
-    for ax, (label, found) in zip(axes[0], runs.items()):
-        T, drawn = found["T"], found["sharing"]
+    figure, axes = subplots(1, len(recipes), (5.2 * len(recipes) + 1, 5), sharey=True, squeeze=False)
+    for ax, (label, of) in zip(axes[0], recipes.items()):
+        found, T, drawn = of[0], of[0]["T"], of[0]["sharing"]
         of_steps = dict(zip(dict.fromkeys(row["steps"] for row in drawn), COLOURS * len(drawn)))
         for what, style in (("largest", "o-"), ("other_text", "o--")):
             for steps, colour in of_steps.items():
                 rows = [row for row in drawn if row["steps"] == steps]
-                x, y = [row["positions"] for row in rows], [row[what] for row in rows]
-                starts = rows[0]["starts"]
+                x, starts = [row["positions"] for row in rows], rows[0]["starts"]
+                seeds = [[row[what] for row in one["sharing"] if row["steps"] == steps] for one in of]
+                y = [statistics.mean(values) for values in zip(*seeds)]
+                for one in seeds if len(of) > 1 else []:
+                    ax.plot(x, one, style[1:], color=colour, lw=0.6, alpha=0.5)
                 said = f"largest met, {starts} start" + "s" * (starts > 1) if what == "largest" else "on other text"
                 ax.plot(x, y, style, color=colour, ms=4, lw=1.4, label=f"{steps} steps: {said}")
         for what, style in (("everything ablated", "-"), ("r = 0", "-."), ("r = 0 or 1 by a coin", ":")):
-            ax.axhline(found["prices"][what], color="#7f7f7f", lw=1, ls=style, label=what)
+            ax.axhline(statistics.mean(one["prices"][what] for one in of), color="#7f7f7f", lw=1, ls=style, label=what)
         names = {found["windows"] * T: f"all {found['windows']}\nsequences", 8 * T: "8\nsequences", T: "one\nsequence"}
         ticks = sorted({row["positions"] for row in drawn})
         ax.set(xscale="log", title=label, xlabel="positions that share one r")
@@ -297,6 +320,19 @@ def measured(path: Path, wanted: dict) -> dict | None:
         return None
 
 
+def recipe(run: Run) -> str:
+    """What the runs of a recipe have in common: all settings but the seed, and those of the machine."""
+    own = {*decompose.MAY_CHANGE, "seed", "out"} - {"steps"}
+    return json.dumps({name: value for name, value in sorted(run.config.items()) if name not in own})
+
+
+def titled(labels: list[str]) -> str:
+    """One run by its folder, several by what the names of their folders have in common."""
+    if len(labels) == 1:
+        return labels[0]
+    return re.sub("[-_](s|seed)?-?$", "", os.path.commonprefix(labels)) + f", mean of {len(labels)} seeds"
+
+
 def main(config: Config) -> None:
     opened = {}
     for folder in dict.fromkeys(map(located, config.runs)):  # all of them, before the minutes that the first may take
@@ -304,7 +340,8 @@ def main(config: Config) -> None:
         if (found := measured(folder / "sharing.json", settings(run, config))) is None:
             run, corpus = open_run(folder, config.data_dir, config.device)
         opened[str(folder)] = run, corpus, found
-    runs = {}
+    recipes: dict[tuple, dict[str, dict]] = {}
+    copies = Counter()
     for label, (run, corpus, found) in opened.items():
         path = run.folder / "sharing.json"
         if found is None:
@@ -314,9 +351,14 @@ def main(config: Config) -> None:
         else:
             print(f"\n{label}: as measured before; to do so again, delete {path}")
         print(table(found))
-        runs[label] = found
-    figure = Path(next(iter(runs))) / "figures" / "sharing.png"
-    plot_sharing(runs, figure)
+        copies[which := (recipe(run), run.config["seed"])] += 1  # a copy is no seed more
+        recipes.setdefault((which[0], copies[which]), {})[label] = found
+    several = {titled([*of]): [*of.values()] for of in recipes.values()}
+    for title, of in several.items():
+        if len(of) > 1:
+            print(f"\n{title}: {over_seeds(of)}")
+    figure = Path(next(iter(opened))) / "figures" / "sharing.png"
+    plot_sharing(several, figure)
     print(f"\nwritten: {figure}")
 
 

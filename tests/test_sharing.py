@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -269,10 +270,32 @@ def test_several_runs_are_drawn_and_each_is_measured_once(two, capsys, monkeypat
         assert sharing.measured(Path(two[1], "sharing.json"), sharing.settings(run, Config((two[1],), **quick))) is None
 
 
+def test_runs_that_differ_in_their_seed_are_one_recipe(two, capsys, monkeypatch):
+    """Their mean is drawn and printed; of a copy, or of another setting, there is a panel of its own."""
+    drawn, quick = [], QUICK | dict(windows=1)
+    monkeypatch.setattr(sharing, "plot_sharing", lambda recipes, path: drawn.append(recipes))
+
+    def change(**settings) -> None:
+        checkpoint = torch.load(path := Path(two[1], "checkpoint.pt"))
+        checkpoint["config"] |= settings
+        torch.save(checkpoint, path)
+
+    change(seed=5, out="elsewhere", data_dir="there")
+    sharing.main(Config(tuple(two), **quick))
+    (title, of), *others = drawn[-1].items()
+    assert others == [] and title == "sharing, mean of 2 seeds" and len(of) == 2
+    printed = capsys.readouterr().out.splitlines()
+    of_all = statistics.mean(found["sharing"][-1]["largest"] for found in of)
+    assert any(line.split()[:2] == ["16", "3"] and f"{of_all:.3f} ± " in line for line in printed)
+    change(seed=5, beta_imp=1.0)
+    sharing.main(Config(tuple(two), **quick))
+    assert [*drawn[-1]] == two and [len(of) for of in drawn[-1].values()] == [1, 1]
+
+
 def test_the_kl_of_a_figure_may_be_0(tmp_path):
     prices = dict.fromkeys(("r = 0", "r = 0 or 1 by a coin", "everything ablated"), 0.0)
     row = {"positions": 1, "steps": 1, "starts": 1, "largest": 0.0, "other_text": 0.0}
-    sharing.plot_sharing({"a": {"T": 1, "windows": 1, "prices": prices, "sharing": [row]}}, tmp_path / "figure.png")
+    sharing.plot_sharing({"a": [{"T": 1, "windows": 1, "prices": prices, "sharing": [row]}]}, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").exists()
 
 
