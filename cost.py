@@ -1,8 +1,8 @@
 """What a call costs, counted and not modelled: it runs on fake tensors, which have shapes and types but no memory.
 
-Nothing is allocated: a laptop counts a step of the published size, 80 GB, in 6 seconds, one of the default size in 2.
+Nothing is allocated: a laptop counts a step of the published size, 74 GB, in 6 seconds, one of the default size in 2.
 decompose.py begins with the `report` on its run; `python -m bench.plan` is about larger ones. Left out: what a kernel
-holds inside itself, the allocator's rounding, messages between processes, and what torch.compile saves.
+holds inside itself, the allocator's rounding, messages between processes, and what torch.compile changes.
 """
 
 import os

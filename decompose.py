@@ -104,7 +104,7 @@ class Config(Method):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights of such a model; U, V and Gamma are in float32
     out: str = ""  # run folder; default out/vpd-<dataset>, with a number behind it if that is taken
     resume: str = ""  # run folder of an unfinished run to go on with; settings not given are read from it
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU or for a long run, where a compiler works
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: large steps on a GPU, long runs on a CPU
     minutes: float = 0.0  # the steps are those that end so long after the target is there; evaluation is not counted
     graph: bool | Literal["auto"] = "auto"  # replay a step as a CUDA graph; auto: small steps, on one GPU
     memory_budget: float = 1.0  # share of the matrices and of Gamma's blocks that keep activations; the rest recompute
@@ -408,6 +408,7 @@ def train(config: Config) -> Path | None:
         checkpoints.check_unchanged(config, config.defaults(), MAY_CHANGE)
     device = run.pick_device(distributed.start(config.device))
     processes, first = run.check_processes(config.B, config.shard), distributed.rank() == 0  # the first one writes
+    run.can_graph(config.graph, device, processes)
     for name, value in (TARGETED if config.prompts else {}).items():
         if (found := getattr(config, name)) != value:
             raise UserError(f"{name}={found} contradicts prompts={config.prompts}: a targeted run has {name}={value}")
@@ -441,9 +442,11 @@ def train(config: Config) -> Path | None:
         shape, alone = shape_of(target_checkpoint), replace(config, B=config.B // processes, shard=False)
         step_bytes = cost.report(lambda changed: trial(changed, shape, torch.device("cpu")), alone, device, processes)
     compile, graph = config.compile, config.graph
-    if "pretrained" in target_checkpoint and "auto" in (compile, graph):
-        print("compile, graph: off, nobody has tried them on models of transformers; --compile=True, --graph=True do")
-        compile, graph = (False if wanted == "auto" else wanted for wanted in (compile, graph))
+    if compile == "auto" and "pretrained" in target_checkpoint:
+        print("compile: off, nobody has tried it on models of transformers; --compile=True does")
+        compile = False
+    if graph == "auto" and "pretrained" in target_checkpoint:
+        graph = False  # nobody has tried it, either
     graphed = run.wants_graph(graph, device, processes, step_bytes)
     compiled = run.wants_compile(compile, device, config.steps, config.minutes, graphed)
     vpd, gamma = build(config, target_checkpoint, device, compiled, graphed)
@@ -504,6 +507,8 @@ def train(config: Config) -> Path | None:
                 print(f"interrupted after step {step}, saved: go on with\n    python decompose.py --resume={folder}")
                 sys.exit(130)
     distributed.stop()
+    if graphed:
+        del vpd.losses_and_gradients  # a graph holds the step, and the step its graph
     if compiled:
         torch.compiler.reset()  # its caches hold the step
     return folder if first else None

@@ -116,9 +116,12 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.ones(1, device=name).item()
-        return torch.device(name)
+        device = torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device={name}: cannot be used here ({str(error).splitlines()[0]})") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are the current one's
+    return device
 
 
 def check_processes(B: int, shard: bool) -> int:
@@ -147,22 +150,21 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 COMPILING_PAYS = 3_000  # steps of the default run on a CPU that earn back the minutes that compiling takes
-COMPILING_PAYS_GRAPHED = 20_000  # steps of a run on a GPU whose steps are replayed, and so fast without a compiler
 COMPILING_PAYS_MINUTES = 6.0  # and what they take
 
 
 def wants_compile(
     wanted: bool | Literal["auto"], device: torch.device, steps: int, minutes: float = 0.0, graphed: bool = False
 ) -> bool:
-    """--compile resolved: `auto` compiles a long run, or large steps on a GPU, if a compiler works; a line says why.
+    """--compile resolved: `auto` compiles large steps on a GPU, or a long run on a CPU, if a compiler works.
 
-    minutes: of a run that is measured in them, and not in steps. graphed: what `wants_graph` said.
+    A line says why. minutes: of a run that is measured in them, and not in steps. graphed: what `wants_graph` said; a
+    replayed step is fast without a compiler.
     """
-    if wanted is False:
+    if wanted is False or wanted == "auto" and graphed:
         return False
-    pays = COMPILING_PAYS if device.type == "cpu" else COMPILING_PAYS_GRAPHED if graphed else 0
-    short = minutes < COMPILING_PAYS_MINUTES if minutes else steps < pays
-    if wanted == "auto" and pays and short:
+    short = minutes < COMPILING_PAYS_MINUTES if minutes else steps < COMPILING_PAYS
+    if wanted == "auto" and device.type == "cpu" and short:
         print("compile: off, compiling would take longer than it saves in so short a run; --compile=True forces it")
         return False
     try:
@@ -191,26 +193,35 @@ def compiled(function: Callable, recomputes: bool = False) -> Callable:
 GRAPHED_SHARE = 0.1  # of a GPU's memory: a replayed step keeps what it needs for itself, also between two steps
 
 
-def wants_graph(wanted: bool | Literal["auto"], device: torch.device, processes: int, step_bytes: int) -> bool:
-    """--graph resolved: `auto` replays small steps on one GPU, which otherwise wait for the host to launch kernels."""
+def can_graph(wanted: bool | Literal["auto"], device: torch.device, processes: int) -> bool:
+    """Whether a step can be replayed here. UserError if it is wanted and cannot be."""
     possible = device.type == "cuda" and processes == 1
     if wanted is True and not possible:
         raise UserError("graph=True: a step is replayed on one GPU, in one process")
-    if wanted == "auto":
-        return possible and step_bytes < GRAPHED_SHARE * torch.cuda.get_device_properties(device).total_memory
-    return wanted
+    return possible
+
+
+def wants_graph(wanted: bool | Literal["auto"], device: torch.device, processes: int, step_bytes: int) -> bool:
+    """--graph resolved: `auto` replays small steps on one GPU, which otherwise wait for the host to launch kernels."""
+    if not can_graph(wanted, device, processes) or wanted is False:
+        return False
+    if wanted == "auto" and step_bytes >= GRAPHED_SHARE * torch.cuda.get_device_properties(device).total_memory:
+        return False
+    print("graph: on, from its third call a step is replayed as one CUDA graph; --graph=False launches every kernel")
+    return True
 
 
 class Graphed:
     """A function of tensors on a GPU, replayed as a CUDA graph: all its kernels at once, without a line of Python.
 
     The function must do the same in every call, read nothing back and use tensors that stay where they are. It is
-    called twice, then recorded. What a replay returns, and the gradients it leaves, are written over by the next one.
-    generator: what it draws from.
+    called twice, then recorded. What a replay returns, and the gradients it leaves, are written over by the next one:
+    nobody else may replace a gradient, as `zero_grad` does. generator: what it draws from.
     """
 
     def __init__(self, function: Callable[..., Any], generator: torch.Generator) -> None:
-        self.function, self.generator, self.calls, self.stream = function, generator, 0, torch.cuda.Stream()
+        self.function, self.generator, self.calls = function, generator, 0
+        self.stream = torch.cuda.Stream(generator.device)
         self.graph = torch.cuda.CUDAGraph()
 
     def __call__(self, *args: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Everything about a GPU that docs/speed.md says is not measured yet, in one command.
+"""The tables of docs/speed.md that a GPU fills, in one command.
 
     python -m bench.gpu --minutes=25                       # all parts; results in out/gpu as soon as they are there
     python -m bench.gpu --minutes=9 --parts=a,b            # some; results of earlier calls stay
@@ -105,15 +105,15 @@ def sized(config: Config, size: str, **changes) -> bench.Config:
     return bench.Config(**dict(size=size, naive=False, shares=False, device=config.device) | small | changes)
 
 
-# How decompose.py takes a step of a size on a GPU, when --compile and --graph are `auto`.
-AS_RUN = {"default": dict(compile=False, graph=True), "pile2": dict(), "paper4": dict()}
+# How decompose.py takes a step of a size on a GPU, when --compile and --graph are `auto`: (compiled, replayed).
+AS_RUN = {"default": (False, True), "pile2": (True, False), "paper4": (True, False)}
 
 
-def timed(size: str, config: Config, device: torch.device, graph=False, compile=True, **changes) -> dict:
-    """What bench.step measures."""
+def timed(size: str, config: Config, device: torch.device, how: tuple[bool, bool] | None = None, **changes) -> dict:
+    """What bench.step measures, of a step that is taken as decompose.py does it, or as `how` says."""
+    compiled, graphed = AS_RUN[size] if how is None else how
     b = sized(config, size, **changes)
-    b = replace(b, graph=graph and device.type == "cuda")
-    return bench.measure(b, *bench.sizes(b), compile and not config.tiny, device)
+    return bench.measure(b, *bench.sizes(b), compiled and not config.tiny, device, graphed and device.type == "cuda")
 
 
 def beside_naive(size: str, config: Config, device: torch.device) -> dict:
@@ -135,7 +135,7 @@ def beside_naive(size: str, config: Config, device: torch.device) -> dict:
         finally:
             ours = other = naive = with_parts = None  # noqa: F841
             free()
-    return timed(size, config, device, naive=True, shares=size != "default", B=B, **AS_RUN[size])
+    return timed(size, config, device, naive=True, shares=True, B=B)
 
 
 def largest_batch(size: str, config: Config, device: torch.device) -> dict:
@@ -286,14 +286,14 @@ def kernels(spans: list[tuple[str, float, float]]) -> dict:
 
 
 def profiled(size: str, config: Config, device: torch.device) -> dict:
-    """One compiled step, of its kernels in ms; on a CPU of its operations, each without those inside it."""
+    """One step as decompose.py takes it: its kernels, in ms; on a CPU its operations, each without those inside it."""
     settings, gpt = bench.sizes(sized(config, size))
     checkpoint = {"gpt": asdict(gpt), "model": GPT(gpt).state_dict()}
-    vpd, _ = decompose.build(settings, checkpoint, device, compiled=not config.tiny)
+    (compiled, graphed), on_gpu = AS_RUN[size], device.type == "cuda"
+    vpd, _ = decompose.build(settings, checkpoint, device, compiled and not config.tiny, graphed and on_gpu)
     x = torch.zeros((settings.B, settings.T), dtype=torch.long, device=device)
     for _ in range(3):
         vpd.train_step(x)
-    on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         bench.seconds(lambda: vpd.train_step(x), device)
     events = [e for e in found.events() if (e.device_type == DeviceType.CUDA) == on_gpu]
@@ -316,11 +316,11 @@ class Task:
 # By value: what is first is done first.
 TASKS = {"tests": Task("a", 420, tests)}
 for _size in ("paper4", "pile2", "default"):
-    TASKS[f"step {_size}"] = Task("b", 240, partial(timed, _size, **AS_RUN[_size]))
+    TASKS[f"step {_size}"] = Task("b", 240, partial(timed, _size))
 for _size in ("paper4", "pile2", "default"):
     TASKS[f"naive {_size}"] = Task("b", 240, partial(beside_naive, _size))
-    TASKS[f"eager {_size}"] = Task("b", 120, partial(timed, _size, compile=False))
-TASKS["both default"] = Task("b", 240, partial(timed, "default", graph=True))
+    TASKS[f"eager {_size}"] = Task("b", 120, partial(timed, _size, how=(False, False)))
+TASKS["both default"] = Task("b", 240, partial(timed, "default", how=(True, True)))
 for _size in ("paper4", "pile2"):
     TASKS[f"largest {_size}"] = Task("b", 300, partial(largest_batch, _size))
 TASKS["evaluation"] = Task("c", 300, evaluated)
@@ -413,10 +413,9 @@ def everything(config: Config) -> None:
 
 def step_rows(found: dict[str, dict], counts: dict[str, str]) -> list[str]:
     """Markdown of part b; counts: a text a size."""
-    lines = [
-        "| size | ms a step (compiled and replayed, eager) | tokens/s | MFU | GB: measured (eager), counted eager |"
-    ]
-    lines[0] += " naive: our speed, our memory | largest batch |" + (" counted |" if counts else "")
+    columns = ["size", "ms a step (compiled and replayed; eager)", "tokens/s", "MFU"]
+    columns += ["peak GB: launched (eager), counted eager", "naive: our speed, our memory", "largest batch"]
+    lines = [f"| {' | '.join(columns + ['counted'] * bool(counts))} |"]
     lines.append("|---" * (7 + bool(counts)) + "|")
     GB = lambda m: f"{(m['held_bytes'] + m['peak_bytes']) / 1e9:.3g}"
     for size in bench.SIZES:
@@ -427,7 +426,7 @@ def step_rows(found: dict[str, dict], counts: dict[str, str]) -> list[str]:
         ms = lambda m: f"{1e3 * m['step_s']:.3g}" if m else "–"
         cells = [NOT_YET, "", "", "", "", ""]
         if step:
-            cells[0] = f"{ms(step)} ({ms(both)}, {ms(eager)})"
+            cells[0] = f"{ms(step)} ({ms(both)}; {ms(eager)})"
             cells[1] = f"{step['tokens_per_s']:,.0f}"
             cells[2] = f"{step['mfu']:.0%}" if step["mfu"] >= 0.01 else "below 1%"
             counted = (step["held_bytes"] + step["counted_peak_bytes"]) / 1e9

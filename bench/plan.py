@@ -1,7 +1,7 @@
 """What runs cost by count: memory, computation, bytes, and the least time that these take on a GPU.
 
     python -m bench.plan                  # 67M, 1B and 8B targets; five minutes on a CPU core, the first half a minute
-    python -m bench.plan --targets=67M    # 109 GB with memory_budget=1, on 2 GPUs; 80 GB with 0, on one; 3 and 7 days
+    python -m bench.plan --targets=67M    # 100 GB with memory_budget=1, on 2 GPUs; 74 GB with 0, on one; 3 and 7 days
     python -m bench.plan --step=paper4    # the parts of one step: FLOPs, bytes, and the floor on an H100 and an H200
     python -m bench.plan --scales=hour,gpu,published    # the hours of each scale, its target's too, on one GPU
 

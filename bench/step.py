@@ -45,7 +45,7 @@ class Config:
     steps: int = 20  # timed rounds, after 3 to warm up
     compile: bool | Literal["auto"] = "auto"  # auto: where a compiler works
     memory_budget: float | Literal["auto"] = "auto"  # as in decompose.py; auto: that of the size
-    graph: bool = False  # replay a step as a CUDA graph, on a GPU
+    graph: bool | Literal["auto"] = "auto"  # replay a step as a CUDA graph; auto: as decompose.py does it
     naive: bool = True  # time and measure the naive step as well
     shares: bool = True  # time the parts of a step as well; they need more memory than the step
     B: int = 0  # sequences a step; 0: that of the size
@@ -60,8 +60,6 @@ class Config:
         flags.require(self, "0 or above", "B", "T")
         if self.memory_budget != "auto":
             flags.require(self, "between 0 and 1", "memory_budget")
-        if self.graph and not torch.cuda.is_available():
-            raise flags.UserError("graph=True: there is no GPU here")
         if self.scale > 4:
             raise flags.UserError(f"scale={self.scale}: must be at most 4")
 
@@ -152,13 +150,29 @@ def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(config: Config, settings: decompose.Config, gpt: GPTConfig, compiled: bool, device: torch.device) -> dict:
-    """What --json prints: seconds (medians over the rounds; spread_s: least and most), bytes, FLOPs."""
+def as_run(config: Config, settings: decompose.Config, gpt: GPTConfig, device: torch.device) -> tuple[bool, bool]:
+    """Whether to compile and to replay a step: what is asked, or what decompose.py would do."""
+    shape = lambda: decompose.trial(settings, gpt, torch.device("cpu"))[:1]
+    step_bytes = 0
+    if run.can_graph(config.graph, device, 1) and config.graph == "auto":
+        (step,) = cost.counted(shape, run.bf16(device))
+        step_bytes = step.held + step.peak
+    graphed = run.wants_graph(config.graph, device, 1, step_bytes)
+    return run.wants_compile(config.compile, device, run.COMPILING_PAYS, 0.0, graphed), graphed
+
+
+def measure(
+    config: Config, settings: decompose.Config, gpt: GPTConfig, compiled: bool, device: torch.device, graphed=False
+) -> dict:
+    """What --json prints: seconds (medians over the rounds; spread_s: least and most), bytes, FLOPs.
+
+    The peak of a replayed step is that of its second call, which is launched.
+    """
     B, T, plain = settings.B, settings.T, replace(settings, memory_budget=1.0)
     both = [plain] if settings == plain else [plain, settings]
     checkpoint = {"gpt": asdict(gpt), "model": GPT(gpt).state_dict()}
     x = torch.randint(0, gpt.vocab_size, (B, T), device=device)
-    steps = {"step": decompose.build(settings, checkpoint, device, compiled, config.graph)[0]}
+    steps = {"step": decompose.build(settings, checkpoint, device, compiled, graphed)[0]}
     if config.naive:
         other, _ = decompose.build(plain, checkpoint, device)
         steps["naive"] = NaiveVPD(other.decomposition, other.ci_fn, plain, (B, T), device)
@@ -169,7 +183,7 @@ def measure(config: Config, settings: decompose.Config, gpt: GPTConfig, compiled
         one.optimizer.zero_grad()  # the gradients that a step makes are counted with it
         peak[name] = peak_bytes(calls[name], device)
     calls["matmul"], product_flops = matmul(device)
-    calls |= (of_a_step := parts(steps["step"], x) if config.shares else {})
+    calls |= (of_a_step := parts(steps["step"], x) if config.shares and not graphed else {})  # whose gradients stay
     for one in calls.values():  # warm up
         for _ in range(3):
             seconds(one, device)
@@ -180,7 +194,7 @@ def measure(config: Config, settings: decompose.Config, gpt: GPTConfig, compiled
     flops, counted = one[0].flops, one[-1]
     rate, step_s, times = product_flops / median["matmul"], median["step"], [row["step"] for row in rounds]
     m = {"size": config.size, "B": B, "T": T, "C": sum(steps["step"].decomposition.C.values()), "scale": config.scale}
-    m |= {"held_bytes": counted.held, "counted_peak_bytes": counted.peak, "graph": config.graph}
+    m |= {"held_bytes": counted.held, "counted_peak_bytes": counted.peak, "graph": graphed}
     m |= {"memory_budget": settings.memory_budget, "device": str(device), "compile": compiled, "first_s": first["step"]}
     m |= {"step_s": step_s, "spread_s": [min(times), max(times)], "tokens_per_s": B * T / step_s}
     m |= {"peak_bytes": peak["step"], "flops": flops, "matmul_flops_per_s": rate, "mfu": flops / step_s / rate}
@@ -198,11 +212,12 @@ def text(m: dict) -> str:
         return f"{name:24s} {1e3 * seconds:8.1f} {tokens_s:10,.0f} {mfu:7.1%} {peak / 1e6:9.1f}   ({more})"
 
     ours = "{:.1f} to {:.1f} ms".format(*(1e3 * s for s in m["spread_s"])) + f"; the first {m['first_s']:.1f} s"
+    how = f"step, {'compiled' if m['compile'] else 'eager'}" + ", replayed" * m["graph"]
     lines = [
         f"{m['size']}: {m['B']} x {m['T']} tokens a step, {m['flops'] / 1e9:.4g} GFLOP; {m['device']}, "
         f"{torch.get_num_threads()} threads, a matrix product reaches {m['matmul_flops_per_s'] / 1e9:,.0f} GFLOP/s",
         f"{'':24s} {'ms':>8s} {'tokens/s':>10s} {'MFU':>7s} {'peak MB':>9s}",
-        line("step, compiled" if m["compile"] else "step, eager", m["step_s"], m["mfu"], m["peak_bytes"], ours),
+        line(how, m["step_s"], m["mfu"], m["peak_bytes"], ours),
     ]
     if "naive_step_s" in m:
         less = f"{m['times_as_fast']:.2f} times as fast, in {m['peak_bytes'] / m['naive_peak_bytes']:.0%} of the memory"
@@ -243,10 +258,10 @@ def main(config: Config) -> None:
     device, (settings, gpt) = run.pick_device(config.device), sizes(config)
     wanted = config.compile is True if config.sweep else config.compile  # nine sizes would be compiled nine times
     with contextlib.redirect_stdout(sys.stderr):
-        compiled = run.wants_compile(wanted, device, run.COMPILING_PAYS)
+        compiled, graphed = as_run(replace(config, compile=wanted), settings, gpt, device)
     if config.sweep:
         return sweep(config, compiled, device)
-    print((json.dumps if config.json else text)(measure(config, settings, gpt, compiled, device)))
+    print((json.dumps if config.json else text)(measure(config, settings, gpt, compiled, device, graphed)))
 
 
 if __name__ == "__main__":

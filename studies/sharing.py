@@ -21,9 +21,8 @@ measured again.
 Left out: stronger and stronger adversaries in the published scope, one r for all: `eval.py --adv_steps=20,...,1280`.
 """
 
+import hashlib
 import json
-import os
-import re
 import statistics
 import time
 from collections import Counter
@@ -251,8 +250,7 @@ def table(found: dict) -> str:
 def over_seeds(of: list[dict]) -> str:
     """Mean ± standard deviation of several runs' numbers, for a person."""
     both = lambda values: f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-    lines = [f"{len(of)} seeds, mean ± standard deviation:"]
-    lines += [f"  {what:24s} {both([found['prices'][what] for found in of])}" for what in of[0]["prices"]]
+    lines = [f"  {what:24s} {both([found['prices'][what] for found in of])}" for what in of[0]["prices"]]
     row = "{:>14} {:>6} {:>18} {:>18} {:>18}".format
     lines += ["", row("one r for", "steps", "ascended", "largest met", "on other text")]
     for rows in zip(*(found["sharing"] for found in of)):
@@ -321,16 +319,16 @@ def measured(path: Path, wanted: dict) -> dict | None:
 
 
 def recipe(run: Run) -> str:
-    """What the runs of a recipe have in common: all settings but the seed, and those of the machine."""
-    own = {*decompose.MAY_CHANGE, "seed", "out"} - {"steps"}
-    return json.dumps({name: value for name, value in sorted(run.config.items()) if name not in own})
+    """What the runs of a recipe have in common: the target, and all settings but the seed and those of the machine."""
+    own = {*decompose.MAY_CHANGE, "seed", "out", "target"} - {"steps"}
+    weights = hashlib.sha256()
+    for W in run.decomposition.target.state_dict().values():
+        weights.update(W.cpu().contiguous().view(torch.uint8).numpy())
+    return weights.hexdigest() + json.dumps({n: value for n, value in sorted(run.config.items()) if n not in own})
 
 
 def titled(labels: list[str]) -> str:
-    """One run by its folder, several by what the names of their folders have in common."""
-    if len(labels) == 1:
-        return labels[0]
-    return re.sub("[-_](s|seed)?-?$", "", os.path.commonprefix(labels)) + f", mean of {len(labels)} seeds"
+    return labels[0] + (f" and {len(labels) - 1} more seeds: their mean" if len(labels) > 1 else "")
 
 
 def main(config: Config) -> None:
@@ -353,10 +351,10 @@ def main(config: Config) -> None:
         print(table(found))
         copies[which := (recipe(run), run.config["seed"])] += 1  # a copy is no seed more
         recipes.setdefault((which[0], copies[which]), {})[label] = found
-    several = {titled([*of]): [*of.values()] for of in recipes.values()}
+    several = {titled([*of]): [*of.values()] for of in recipes.values()}  # each begins with a folder of its own
     for title, of in several.items():
         if len(of) > 1:
-            print(f"\n{title}: {over_seeds(of)}")
+            print(f"\n{title}, ± standard deviation\n{over_seeds(of)}")
     figure = Path(next(iter(opened))) / "figures" / "sharing.png"
     plot_sharing(several, figure)
     print(f"\nwritten: {figure}")

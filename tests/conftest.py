@@ -76,7 +76,7 @@ def session_whole(session_home) -> Path:
     before = os.getcwd()
     os.chdir(session_home)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "report", lambda *args: None)
+        patch.setattr(cost, "report", lambda *args: 0)
         decompose.main(config(out="whole", report_tokens=64, eval_every=4))
     os.chdir(before)
     return session_home / "whole"
@@ -136,7 +136,7 @@ def nothing_stays_claimed():
 def no_count(request, monkeypatch):
     """The count of what a run costs takes longer than a tiny run: left out but where it is marked `count`."""
     if "count" not in request.keywords:
-        monkeypatch.setattr(cost, "report", lambda *args: None)
+        monkeypatch.setattr(cost, "report", lambda *args: 0)
 
 
 @pytest.fixture

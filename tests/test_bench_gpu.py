@@ -175,7 +175,7 @@ def test_tables_show_what_was_measured_and_what_was_not(tmp_path):
     )
     lines = gpu.tables(gpu.read(path)).splitlines()
     assert lines[0] == "A GPU, PyTorch 2.99; n = 1."
-    assert "| `pile2` | 50 (–, 100) | 12,346 | 41% | 4 (5), 5 | 3.1 ×, 50%, at 4 × 8 |  |" in lines
+    assert "| `pile2` | 50 (–; 100) | 12,346 | 41% | 4 (5), 5 | 3.1 ×, 50%, at 4 × 8 |  |" in lines
     assert "| `paper4` | not measured yet |  |  |  |  |  |" in lines
     assert "| one | 20% |" in lines and "| two | 80% |" in lines
     assert "| tests marked `gpu` | 1 of 2 passed; y: no |" in lines and "| x | 1e-3 |" in lines
@@ -202,7 +202,7 @@ def test_fill_replaces_what_is_between_the_marks(tmp_path, monkeypatch):
         gpu.main(gpu.Config(fill=str(path), docs=str(docs)))
     text = docs.read_text()
     assert text.startswith(f"before\n{gpu.BEGIN}\n\n| size") and text.endswith(f"|\n\n{gpu.END}\nafter\n")
-    assert "old" not in text and "| `pile2` | 50 (–, –) | 12,346 | 41% | 4 (–), 5 |  |  | counted pile2 |" in text
+    assert "old" not in text and "| `pile2` | 50 (–; –) | 12,346 | 41% | 4 (–), 5 |  |  | counted pile2 |" in text
 
 
 def test_the_docs_have_the_marks():

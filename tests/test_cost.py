@@ -127,7 +127,7 @@ def test_bytes_by_hand():
 
 
 def test_nothing_is_allocated_and_no_random_number_is_drawn():
-    """By a step of the published size, of 80 GB."""
+    """By a step of the published size, of 74 GB."""
     config, gpt = decompose.Config(**decompose.SCALES["published"]), plan.TARGETS["67M"]
     before, state = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, torch.get_rng_state()
     step, _ = cost.counted(lambda: decompose.trial(config, gpt, CPU), bf16=True, again=False)

@@ -198,6 +198,33 @@ def test_a_run_without_an_adversary_has_no_sources_and_resumes(home, monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(halves), strict=True))
 
 
+def test_a_step_is_replayed_where_it_pays(home, monkeypatch):
+    """What is recorded is the step's losses and gradients, with the generator that they draw from."""
+    recorded = []
+
+    class Recorder:
+        def __init__(self, function, generator):
+            self.function = function
+            recorded.append((function.__func__, generator))
+
+        def __call__(self, *args):
+            assert all(isinstance(arg, torch.Tensor) for arg in args)
+            return self.function(*args)
+
+    monkeypatch.setattr(run, "Graphed", Recorder)
+    decompose.train(config(out="launched", steps=3))
+    assert recorded == []
+    monkeypatch.setattr(run, "wants_graph", lambda wanted, device, processes, step_bytes: wanted == "auto")
+    kept = []
+    init = decompose.VPD.__init__
+    monkeypatch.setattr(
+        decompose.VPD, "__init__", lambda self, *a, **k: init(self, *a, **k) or kept.append(self.generator)
+    )
+    decompose.train(config(out="replayed", steps=3))
+    assert recorded == [(decompose.VPD.losses_and_gradients, kept[0])]
+    assert rows_of(Path("replayed")) == rows_of(Path("launched"))
+
+
 def test_nothing_of_the_training_is_alive_when_the_evaluation_begins(home, monkeypatch):
     alive = []
     init = decompose.VPD.__init__
@@ -437,6 +464,7 @@ MAP = {  # each function of the README's map, and an edit to its body
     "losses.importance_minimality": half, "losses.frequency_minimality": half, "losses.faithfulness": half,
     "losses.Adversary.ascend": lambda f: lambda *args: None, "losses.adam_ascent": lambda f: lambda *args: None,
     "decompose.VPD.train_step": lambda f: lambda self, x: {n: 0.5 * v for n, v in f(self, x).items()},
+    "decompose.VPD.losses_and_gradients": lambda f: lambda self, *args: (f(self, *args)[0], 0 * f(self, *args)[1]),
 }  # fmt: skip
 OURS = (ci_fn, decompose, evaluation, losses, model, run, train_target)
 

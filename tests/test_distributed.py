@@ -251,7 +251,7 @@ MINUTES = """
 import decompose, distributed, run
 import cost
 from tiny import config
-cost.report = lambda *args: None
+cost.report = lambda *args: 0
 fit, stop = run.steps_that_fit, distributed.stop
 distributed.stop = lambda: None  # four runs, one group of processes
 class Clock:
@@ -285,7 +285,7 @@ torch.set_num_threads(1)
 import decompose, distributed, flags, run
 import cost
 from tiny import config
-cost.report = lambda *args: None
+cost.report = lambda *args: 0
 step = decompose.VPD.train_step
 def poisoned(self, x):
     losses, gamma = step(self, x), [*self.ci_fn.parameters()]

@@ -421,7 +421,7 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 import cost, decompose, eval, pretrained
-cost.report, found = lambda *args: None, {}
+cost.report, found = lambda *args: 0, {}
 with contextlib.redirect_stdout(sys.stderr):
     config = decompose.Config(**json.loads(sys.argv[1]))
     folder = decompose.train(config)

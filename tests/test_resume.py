@@ -31,7 +31,7 @@ script, folder, moments, begin = sys.argv[1], Path(sys.argv[2]), json.loads(sys.
 module = importlib.import_module(script)
 import run
 import cost
-cost.report = lambda *args: None
+cost.report = lambda *args: 0
 
 def start():
     pid = os.fork()

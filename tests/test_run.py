@@ -159,17 +159,16 @@ def test_compile_where_it_works(monkeypatch, capsys):
 
 
 def test_compile_on_a_gpu(monkeypatch):
-    """Large steps always, replayed ones in a long run."""
+    """Large steps always, replayed ones never unasked."""
     monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: x)
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(*shape))
     gpu = torch.device("cuda")
     assert run.wants_compile("auto", gpu, 10) is True
-    assert run.wants_compile("auto", gpu, 10, graphed=True) is False
-    assert run.wants_compile("auto", gpu, run.COMPILING_PAYS_GRAPHED, graphed=True) is True
+    assert run.wants_compile("auto", gpu, LONG, graphed=True) is False
     assert run.wants_compile(True, gpu, 10, graphed=True) is True
 
 
-def test_a_small_step_on_one_gpu_is_replayed(monkeypatch):
+def test_a_small_step_on_one_gpu_is_replayed(monkeypatch, capsys):
     of_80_GB = type("Properties", (), {"total_memory": 80 * 10**9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_80_GB)
     gpu, small, large = torch.device("cuda"), 10**9, 10**10
@@ -179,6 +178,7 @@ def test_a_small_step_on_one_gpu_is_replayed(monkeypatch):
     for device, processes in ((CPU, 1), (gpu, 2)):
         with pytest.raises(UserError, match="^graph=True: a step is replayed on one GPU, in one process$"):
             run.wants_graph(True, device, processes, small)
+    assert capsys.readouterr().out.count("graph: on") == 2
 
 
 class Clock:

@@ -283,13 +283,21 @@ def test_runs_that_differ_in_their_seed_are_one_recipe(two, capsys, monkeypatch)
     change(seed=5, out="elsewhere", data_dir="there")
     sharing.main(Config(tuple(two), **quick))
     (title, of), *others = drawn[-1].items()
-    assert others == [] and title == "sharing, mean of 2 seeds" and len(of) == 2
+    assert others == [] and title == f"{two[0]} and 1 more seeds: their mean" and len(of) == 2
     printed = capsys.readouterr().out.splitlines()
     of_all = statistics.mean(found["sharing"][-1]["largest"] for found in of)
     assert any(line.split()[:2] == ["16", "3"] and f"{of_all:.3f} ± " in line for line in printed)
-    change(seed=5, beta_imp=1.0)
+    change(beta_imp=1.0)
     sharing.main(Config(tuple(two), **quick))
     assert [*drawn[-1]] == two and [len(of) for of in drawn[-1].values()] == [1, 1]
+
+
+def test_decompositions_of_two_targets_are_two_recipes(whole):
+    run = load_run(whole, torch.device("cpu"))
+    before = sharing.recipe(run)
+    with torch.no_grad():
+        run.decomposition.target.embed.weight[0, 0] += 1
+    assert sharing.recipe(run) != before
 
 
 def test_the_kl_of_a_figure_may_be_0(tmp_path):
