@@ -33,8 +33,9 @@ KLS = ("rounded", "stochastic", "adversarial")
 L0S = {"l0": "L0: subcomponents with g > 0 a position", "l0_above_0.1": "L0: subcomponents with g > 0.1 a position"}
 ADV_STEPS = 20  # of the judging adversary, as published
 OURS = ("out", "resume", "seed")  # settings that a recipe may not have
+# Settings that make no other decomposition
 FREE = {"out", "resume", "minutes", "data_dir", "device", "compile", "graph", "memory_budget", "log_every"}
-FREE |= {"save_every", "eval_every", "eval_windows", "report_tokens", "wandb"}  # settings that make no other decomposition
+FREE |= {"save_every", "eval_every", "eval_windows", "report_tokens", "wandb"}
 
 
 @dataclass(frozen=True)
