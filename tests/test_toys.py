@@ -23,6 +23,7 @@ from flags import UserError
 from model import Decomposition
 from toys import checks, figures, targets
 from toys.__main__ import Config, preset
+from toys.answer import start_from_answer
 from toys.checks import column_match, dense_error, identity_error, live, matrix_cosine, n_shared, permute_identity
 from toys.gamma import CIMLPs, CISharedMLP
 from toys.targets import TMS, TOYS, InductionHead, PingPong, ResidMLP
@@ -236,6 +237,50 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     config = replace(preset("tms_5-2", "vpd"), steps=2, faith_steps=0, lr=9e18, B=4)
     with pytest.raises(UserError, match="at step 1: try a smaller lr than 9e\\+18"):
         toy.decompose(config, TMS(5, 2, identity=False))
+
+
+def test_a_rotated_residual_mlp_is_the_same():
+    """Outputs, neurons, and the angles between features; with fewer dimensions."""
+    torch.manual_seed(0)
+    target = ResidMLP(6, 2, 4, d=60)
+    same, x = target.rotated(), target.batch(64, torch.Generator().manual_seed(1))
+    assert same.W_E.shape == (6, 22)
+    torch.testing.assert_close(same(x), target(x))
+    torch.testing.assert_close(same.W_E @ same.W_E.T, target.W_E @ target.W_E.T)
+    torch.testing.assert_close(same.mlp_in[1](x @ same.W_E), target.mlp_in[1](x @ target.W_E))
+
+
+def test_a_start_from_inputs():
+    """With an input for each feature it is the known answer, as far as one feature is read without the others."""
+    torch.manual_seed(0)
+    target = ResidMLP(6, 1, 4, d=60).rotated()
+    decomposition = Decomposition(target, {"mlp_in.*": 6, "*": 9})
+    before = {name: V.clone() for name, V in decomposition.V.items()}
+    toy.start_from_inputs(decomposition, "mlp_in.*", torch.eye(6))
+    assert torch.equal(decomposition.V["mlp_out.0"], before["mlp_out.0"])
+    U, V = decomposition.U["mlp_in.0"].detach(), decomposition.V["mlp_in.0"].detach()
+    assert checks.matrix_cosine(U, V, target.canonical()["mlp_in.0"]) > 0.95
+    torch.testing.assert_close(U.norm(dim=0), V.norm(dim=0))
+    W = decomposition.W("mlp_in.0")
+    assert ((W - U @ V.T) * (U @ V.T)).sum() == pytest.approx(0, abs=1e-4)  # no multiple of U V^T is nearer to W
+    toy.start_from_inputs(decomposition, "mlp_in.*", torch.eye(6)[:3])  # too few inputs: the others stay as they are
+    assert torch.equal(decomposition.V["mlp_in.0"][:, 3:], V[:, 3:])
+
+
+@pytest.mark.parametrize("name, make", [("tms_5-2", TARGETS["tms"][0]), ("resid_mlp2", TARGETS["resid"][0])])
+def test_a_start_from_the_answer(name, make):
+    """Before the first step it is the answer: nothing is left over, and Gamma knows where each piece is wanted."""
+    torch.manual_seed(0)
+    target = make()
+    config = replace(preset(name, "vpd"), C=8, from_answer=True)
+    vpd = toy.build(config, target)
+    start_from_answer(vpd, config.B, torch.Generator().manual_seed(1))
+    for matrix in checks.matrices(vpd, target.probes()):
+        assert (matrix.W - matrix.U @ matrix.V.T).norm() < 0.03 * matrix.W.norm()
+        if matrix.name == "linear1":
+            assert identity_error(matrix.g_probes) == 0
+    with pytest.raises(UserError, match="C=3: the known answer has [456] subcomponents in (linear1|mlp_in.0)"):
+        start_from_answer(toy.build(replace(config, C=3), target), 8, torch.Generator())
 
 
 def test_the_best_restart_is_kept(capsys):

@@ -19,12 +19,14 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoints
 import flags
@@ -35,6 +37,7 @@ from decompose import VPD, Method
 from flags import UserError
 from model import Decomposition
 from toys import apd, checks, figures
+from toys.answer import start_from_answer
 from toys.gamma import CIMLPs, CISharedMLP
 from toys.targets import TOYS, InductionHead, train
 
@@ -57,7 +60,7 @@ VPD_PRESETS = {
     "tms_40-10": TMS_LARGE,
     "tms_40-10-id": TMS_LARGE | dict(steps=12_000, lr=5e-3, beta_imp=2e-4, beta_freq=5.5e-5, p_end=2.5, restarts=1),
     "resid_mlp1": RESID | dict(steps=12_000, beta_imp=5e-6, p_end=2.2),
-    "resid_mlp2": RESID | dict(steps=6000, beta_imp=2e-5, p_end=2.0),
+    "resid_mlp2": RESID | dict(beta_imp=2e-5, p_end=2.0, C=400, hidden=8, from_inputs="mlp_in.*"),
     "resid_mlp3": RESID | dict(steps=6000, beta_imp=2e-5, p_end=2.0, C=102),
     # It starts with Delta = W and small subcomponents, each important on a few inputs of its own, that grow where they
     # are wanted: the faithfulness warm-up would write into all of them what the circuits have in common.
@@ -100,8 +103,10 @@ class Config(Method):
     hidden: int = 128  # width of Gamma's hidden layer or of its residual stream
     ci_spread: float = 1.0  # scale of the shared Gamma's last layer at the start
     ci_bias: float = 0.0  # and its bias
+    from_answer: bool = False  # start at the known answer, to see whether the loss keeps it; no warm-up, no from_inputs
     restarts: int = 1  # decompositions to make; the one of least loss is kept
     U_scale: float = 1.0  # on the initial U
+    from_inputs: str = ""  # matrices, as a glob pattern, whose subcomponents start as what W does to an input
     out: str = ""  # run folder; default out/toy-<toy>-<method>-<seed>, with a number behind it if that is taken
 
     def __post_init__(self) -> None:
@@ -120,6 +125,8 @@ class Config(Method):
         ci, spread, bias = self.ci, self.ci_spread, self.ci_bias
         if ci != "shared" and (spread, bias) != (1.0, 0.0):
             raise UserError(f"ci={ci} contradicts ci_spread={spread} or ci_bias={bias}: they are for the shared Gamma")
+        if self.from_answer and self.toy == "induction":
+            raise UserError("from_answer=True contradicts toy=induction: it has no known answer")
         if ci == "transformer" and self.toy != "induction":
             raise UserError(f"ci=transformer contradicts toy={self.toy}: its inputs have no sequence axis")
         if ci == "transformer" and self.hidden % 8:
@@ -152,6 +159,23 @@ def defaults() -> Config | apd.Config:
 # The run
 
 
+@torch.no_grad()
+def start_from_inputs(decomposition: Decomposition, pattern: str, x: Tensor) -> None:
+    """V_c = a_c, an input of the matrix of length 1, and U_c = W a_c, times what brings U V^T nearest to W.
+
+    So a subcomponent starts with the mechanisms of one input, and not with a little of all. x: inputs of the target.
+    """
+    for name, a in zip(decomposition.names, decomposition.target_pass(x)[1]):
+        if fnmatchcase(name, pattern):
+            W, a = decomposition.W(name), a.flatten(0, -2)
+            V = F.normalize(a[a.norm(dim=-1) > 0][: decomposition.C[name]], dim=-1).T
+            U = W @ V
+            nearest = (U @ V.T * W).sum() / (U @ V.T).square().sum()
+            even = (nearest * U.norm(dim=0)).sqrt()  # U_c and V_c of one length
+            decomposition.U[name][:, : V.shape[1]] = nearest * U / even
+            decomposition.V[name][:, : V.shape[1]] = even * V
+
+
 def build(config: Config, target: nn.Module) -> VPD:
     """A VPD of a toy at its initialisation: the Decomposition, losses and step of decompose.py."""
     torch.manual_seed(config.seed)
@@ -159,6 +183,9 @@ def build(config: Config, target: nn.Module) -> VPD:
     decomposition = Decomposition(target, {"layers.*" if induction else "*": config.C})
     for U in decomposition.U.values():
         U.data *= config.U_scale
+    if config.from_inputs:
+        inputs = target.batch(4 * config.C, torch.Generator().manual_seed(config.seed + 4_000_000))
+        start_from_inputs(decomposition, config.from_inputs, inputs)
     d_ins, C = [V.shape[0] for V in decomposition.V.values()], sum(decomposition.C.values())
     if config.ci == "mlp":
         ci_fn = CIMLPs([*decomposition.V.values()], config.hidden)
@@ -178,8 +205,11 @@ def decompose(config: Config, target: nn.Module) -> VPD:
     best, least, last_tenth = None, math.inf, min(int(0.9 * config.steps), config.steps - 1)
     for restart in range(config.restarts):
         vpd = build(replace(config, seed=config.seed + 1000 * restart), target)
-        vpd.warm_up()
         generator, loss = torch.Generator().manual_seed(config.seed + 1), torch.zeros(())
+        if config.from_answer:
+            start_from_answer(vpd, config.B, generator)
+        else:
+            vpd.warm_up()
         what = f"decompose {restart + 1}/{config.restarts}"
         for step in (bar := run.progress_bar(0, config.steps, what)):
             row = vpd.train_step(target.batch(config.B, generator))

@@ -220,6 +220,7 @@ def matrix_checks(matrix: Matrix, target: FeatureToy, x: Tensor) -> list[Check]:
         checks.append(within("permuted-CI error", name, identity_error(g_probes), 0, 0))
         checks.append(Check("permuted-CI error, tol 0.2", name, identity_error(g_probes, 0.2)))
         checks.append(within("serve several", name, n_shared(g_probes), 0, 0))
+        checks.append(Check("most that one serves", name, int((g_probes > ON).sum(0).max())))
         # Small values need nothing: TMS's ReLU, for one, cuts off what is under about 0.2.
         checks.append(within("L0 on data", name, l0, 0.6 * at_work, 1.15 * at_work))
     return [*checks, within("live", name, int(live(g_probes).sum()), n, n), Delta_check(name, matrix.W, U, V)]
