@@ -152,10 +152,9 @@ def parts(vpd: decompose.VPD, x: Tensor) -> dict[str, Callable[[], object]]:
 
 def as_run(config: Config, settings: decompose.Config, gpt: GPTConfig, device: torch.device) -> tuple[bool, bool]:
     """Whether to compile and to replay a step: what is asked, or what decompose.py would do."""
-    shape = lambda: decompose.trial(settings, gpt, torch.device("cpu"))[:1]
     step_bytes = 0
     if run.can_graph(config.graph, device, 1) and config.graph == "auto":
-        (step,) = cost.counted(shape, run.bf16(device))
+        (step,) = cost.counted(lambda: decompose.trial(settings, gpt, torch.device("cpu"))[:1], run.bf16(device))
         step_bytes = step.held + step.peak
     graphed = run.wants_graph(config.graph, device, 1, step_bytes)
     return run.wants_compile(config.compile, device, run.COMPILING_PAYS, 0.0, graphed), graphed

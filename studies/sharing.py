@@ -328,7 +328,8 @@ def recipe(run: Run) -> str:
 
 
 def titled(labels: list[str]) -> str:
-    return labels[0] + (f" and {len(labels) - 1} more seeds: their mean" if len(labels) > 1 else "")
+    others = len(labels) - 1
+    return labels[0] + (f" and {others} more seed{'s' * (others > 1)}: their mean" if others else "")
 
 
 def main(config: Config) -> None:

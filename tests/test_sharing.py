@@ -283,7 +283,7 @@ def test_runs_that_differ_in_their_seed_are_one_recipe(two, capsys, monkeypatch)
     change(seed=5, out="elsewhere", data_dir="there")
     sharing.main(Config(tuple(two), **quick))
     (title, of), *others = drawn[-1].items()
-    assert others == [] and title == f"{two[0]} and 1 more seeds: their mean" and len(of) == 2
+    assert others == [] and title == f"{two[0]} and 1 more seed: their mean" and len(of) == 2
     printed = capsys.readouterr().out.splitlines()
     of_all = statistics.mean(found["sharing"][-1]["largest"] for found in of)
     assert any(line.split()[:2] == ["16", "3"] and f"{of_all:.3f} ± " in line for line in printed)

@@ -472,3 +472,9 @@ def test_tms_5_2_end_to_end(tmp_path):
     assert all(c["ok"] is not False for c in found.values())
     assert (folder / "toy.png").stat().st_size > 10_000 and (folder / "checkpoint.pt").exists()
     assert "14 of 14 checks pass" in ran.stdout
+
+
+def test_a_pattern_that_matches_no_matrix_is_refused():
+    config = Config(toy="resid_mlp2", C=4, from_inputs="mlp_on.*")
+    with pytest.raises(UserError, match=r"from_inputs='mlp_on\.\*' matches none of mlp_in\.0, mlp_in\.1, mlp_out\.0"):
+        toy.build(config, ResidMLP(6, 2, 3, d=8))

@@ -164,7 +164,10 @@ def start_from_inputs(decomposition: Decomposition, pattern: str, x: Tensor) -> 
     """V_c = a_c, an input of the matrix of length 1, and U_c = W a_c, times what brings U V^T nearest to W.
 
     So a subcomponent starts with the mechanisms of one input, and not with a little of all. x: inputs of the target.
+    UserError if the pattern matches no matrix.
     """
+    if not any(fnmatchcase(name, pattern) for name in decomposition.names):
+        raise UserError(f"from_inputs={pattern!r} matches none of {', '.join(decomposition.names)}")
     for name, a in zip(decomposition.names, decomposition.target_pass(x)[1]):
         if fnmatchcase(name, pattern):
             W, a = decomposition.W(name), a.flatten(0, -2)
